@@ -1,0 +1,518 @@
+"""
+Write a story from a checkpoint of any of these scripts.
+
+    python sample.py out/char/ckpt.pt
+    python sample.py out/char/ckpt.pt --prompt "The house was empty" --max_new_tokens 1000 --temperature 0.7 --seed 2
+
+The story appears on stdout as it is written.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14", "numpy", "tiktoken", "requests"]
+# ///
+
+import argparse
+import codecs
+import contextlib
+import dataclasses
+import os
+import sys
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+def get_flags():
+    flags = Flags()
+    add = flags.add_argument
+    add("checkpoint", help="a .pt file of train_char.py, train_gpt.py or finetune.py")
+    add("--prompt", default="It was a dark and stormy night", help="how the story begins")
+    add("--max_new_tokens", type=number(int, 0), default=500, help="tokens to write")
+    add("--temperature", type=number(float, 0), default=0.8, help="0 is greedy")
+    add("--top_k", type=number(int, 0), default=0, help="sample from the k likeliest tokens; 0 is no limit")
+    add(
+        "--top_p",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="sample from the likeliest tokens of this total probability",
+    )
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights and activations")
+    add("--seed", type=int, default=1337, help="one seed, one story")
+    return flags.parse_args()
+
+
+# --- command line: the same in every script (tests/test_copies.py) ---
+
+
+def fail(message, code=2):
+    """End with one line on stderr: code 2 for what the user can put right, 1 when the work itself failed."""
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+class Flags(argparse.ArgumentParser):
+    """Flat flags: --help shows the script's docstring and every default, a mistake gets one line."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    def __init__(self):
+        super().__init__(description=sys.modules["__main__"].__doc__, formatter_class=self.Help, allow_abbrev=False)
+
+    def error(self, message):
+        fail(message)
+
+
+def number(kind, low, high=float("inf")):
+    """The type of a flag that takes an int or a float from low to high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            bounds = f"of {low} or more" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}")
+        return value
+
+    return parse
+
+
+def run(main):
+    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+# --- end of command line ---
+
+
+# --- device: the same in every script (tests/test_copies.py) ---
+
+
+def get_device(device, dtype):
+    """The torch.device and torch.dtype that --device and --dtype mean here: auto takes the fastest there is.
+
+    bfloat16 is the fastest only where the hardware multiplies in it: elsewhere a CPU is some 100 times slower in it.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+    if dtype == "auto":
+        if device == "cpu":
+            has = [getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")]
+            fast_bf16 = any(has)
+        else:
+            fast_bf16 = device != "mps" and torch.cuda.get_device_capability() >= (8, 0)
+        dtype = "bfloat16" if fast_bf16 else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+# --- end of device ---
+
+
+# --- tokenizer: the same in every script (tests/test_copies.py) ---
+
+
+def get_tokenizer(spec):
+    """The tiktoken.Encoding that a checkpoint's "tokenizer" means: "gpt2", "bytes" or {"chars": "abc…"}.
+
+    bytes: token i is byte i, 256 is <|endoftext|>. chars: token i is the i-th character, and there is no other token.
+    """
+    if spec == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as error:  # requests' errors are OSErrors too
+            fail(f"cannot fetch the GPT-2 tokenizer ({type(error).__name__}); see TIKTOKEN_CACHE_DIR in README.md")
+    chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
+    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    ranks = {c: i for i, c in enumerate(chars)}
+    return tiktoken.Encoding(
+        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def encode(tokenizer, text, name):
+    """Token ids of a text; exits when it holds characters that a character tokenizer does not know."""
+    if tokenizer.name == "chars":
+        unknown = sorted(set(text) - set(tokenizer.decode(list(range(tokenizer.n_vocab)))))
+        if unknown:
+            fail(f"{name}: the checkpoint does not know the characters {''.join(unknown)!r}")
+    return tokenizer.encode_ordinary(text)
+
+
+# --- end of tokenizer ---
+
+
+# --- model: the same in every script (tests/test_copies.py) ---
+
+
+@dataclasses.dataclass
+class Config:
+    """The fields of a checkpoint's config: sizes, and three switches that also give the model of the original post."""
+
+    vocab_size: int
+    block_size: int  # context window, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int
+    tie_weights: bool = False  # the head is the embedding
+    embed_norm: bool = True  # RMSNorm right after the embedding
+    logit_softcap: float = 15.0  # logits become cap * tanh(logits / cap); 0 leaves them as they are
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def rotary_tables(length, head_size):
+    """cos and signed sin of position * 10000^(-2i / head_size), each (length, head_size): RoPE, Su et al. 2021."""
+    frequencies = 1 / 10000 ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((angles.sin(), -angles.sin()), dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_i+D/2) of x (B, H, T, D) by the angle of its position, in fp32."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
+class KVCache:
+    """Keys and values of every layer for a batch of texts, each with its own length.
+
+    k, v: (L, B, H, S, D), S the most tokens a row can hold. lengths: tokens that each row holds, on the host; what
+    stands behind them is never looked at, so right-padded prompts of different lengths can share a batch.
+    """
+
+    def __init__(self, config, batch_size, max_length, device, dtype):
+        shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.lengths = [0] * batch_size
+
+    def rows(self, index):
+        """A new cache of these rows: a row may be left out, or taken many times."""
+        new = object.__new__(KVCache)
+        chosen = torch.tensor(index, device=self.k.device)
+        new.k, new.v = self.k[:, chosen], self.v[:, chosen]
+        new.lengths = [self.lengths[i] for i in index]
+        return new
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). q, k and v are one matrix stack (3, C, C): one product, and
+    Muon sees three matrices."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.qkv = nn.Parameter(torch.empty(3, C, C).normal_(std=C**-0.5))
+        self.o = nn.Parameter(torch.zeros(C, C))
+        self.up = nn.Parameter(torch.empty(4 * C, C).normal_(std=C**-0.5))
+        self.down = nn.Parameter(torch.zeros(C, 4 * C))
+
+    def project(self, x):
+        return F.linear(x, self.qkv.flatten(0, 1).to(x.dtype))  # (B, T, 3 C)
+
+    def attend(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, D)
+
+    def forward(self, x, cos, sin, k_cache=None, v_cache=None, positions=None, mask=None):
+        B, T, C = x.shape
+        H = self.n_head
+        qk, v = self.project(norm(x)).view(B, T, 3 * H, C // H).transpose(1, 2).split((2 * H, H), dim=1)
+        q, k = norm(rotate(qk, cos, sin)).to(x.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
+        if k_cache is not None:
+            rows = torch.arange(B, device=x.device)[:, None]
+            k_cache[rows, :, positions] = k.transpose(1, 2)
+            v_cache[rows, :, positions] = v.transpose(1, 2)
+            if mask is not None:  # something was there before: look at all of it
+                k, v = k_cache[:, :, : mask.size(-1)], v_cache[:, :, : mask.size(-1)]
+        y = self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
+        x = x + F.linear(y, self.o.to(x.dtype))
+        h = F.linear(norm(x), self.up.to(x.dtype))  # (B, T, 4 C)
+        return x + F.linear(h * h.relu(), self.down.to(x.dtype))  # ReLU^2
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of many rows, some rows at a time, so that all the logits never exist at once.
+
+    Each chunk's gradients are taken in the forward pass, where its logits are at hand, and only scaled in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, row_losses, chunk):
+        total = x.new_zeros((), dtype=torch.float32)
+        dx, dweight = torch.empty_like(x), None
+        for i in range(0, len(x), chunk):
+            with torch.enable_grad():
+                xi, w = x[i : i + chunk].detach().requires_grad_(), weight.detach().requires_grad_()
+                loss = row_losses(xi, w, targets[i : i + chunk]).sum()
+            dx[i : i + chunk], dw = torch.autograd.grad(loss, (xi, w))
+            dweight = dw if dweight is None else dweight.add_(dw)
+            total += loss.detach()
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dweight * grad, None, None, None
+
+
+class GPT(nn.Module):
+    """The decoder-only transformer of every script. It computes what NanoChatForCausalLM of transformers computes.
+
+    Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
+    """
+
+    def __init__(self, config, dtype=torch.float32):
+        super().__init__()
+        C, H = config.n_embd, config.n_head
+        if C % H or C // H % 2:
+            raise ValueError(f"n_embd {C} must be an even multiple of n_head {H}")
+        self.config, self.dtype, self.recompute = config, dtype, False  # recompute: activation checkpointing
+        rows = -(-config.vocab_size // 64) * 64  # padded for the hardware; the padding gets no logits
+        self.embed = nn.Parameter(torch.empty(rows, C).normal_(std=0.02 if config.tie_weights else 1.0))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.head = None if config.tie_weights else nn.Parameter(torch.zeros(rows, C))
+        cos, sin = rotary_tables(config.block_size, C // H)
+        self.register_buffer("cos", cos, persistent=False)  # (block_size, D)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def head_weight(self):
+        return self.embed if self.head is None else self.head  # (rows, C)
+
+    def trunk(self, x, cos, sin, cache, positions, mask):
+        for i, block in enumerate(self.blocks):
+            if self.recompute and self.training:
+                x = recompute(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, *((cache.k[i], cache.v[i], positions, mask) if cache else ()))
+        return x
+
+    def hidden(self, idx, cache=None, lengths=None):
+        """Tokens (B, T) to the last normalised activations (B, T, C). With a cache the tokens follow what it holds,
+        and it grows by `lengths`: how many of each row's tokens are real, the rest being padding on the right."""
+        B, T = idx.shape
+        positions, mask = None, None
+        if cache is None:
+            cos, sin = self.cos[:T], self.sin[:T]
+        else:
+            start, lengths = torch.tensor(cache.lengths, device=idx.device), lengths or [T] * B
+            positions = start[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            if any(cache.lengths):
+                S = max(cache.lengths) + T
+                mask = torch.arange(S, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, D)
+            cache.lengths = [n + new for n, new in zip(cache.lengths, lengths)]
+        x = F.embedding(idx, self.embed).to(self.dtype)  # (B, T, C)
+        x = norm(x) if self.config.embed_norm else x
+        return norm(self.trunk(x, cos, sin, cache, positions, mask))
+
+    def logits(self, x, weight=None):
+        """Activations (..., C) to logits (..., vocab_size) in fp32."""
+        weight, cap = self.head_weight if weight is None else weight, self.config.logit_softcap
+        logits = F.linear(x, weight.to(x.dtype))[..., : self.config.vocab_size].float()
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def row_losses(self, x, weight, targets):
+        return F.cross_entropy(self.logits(x, weight), targets, ignore_index=-1, reduction="none")
+
+    def forward(self, idx, targets=None, cache=None, lengths=None, reduction="mean"):
+        """Logits of tokens idx (B, T), or with targets (B, T) their loss in nats; targets of -1 are passed over.
+
+        Without targets: (B, T, V), or (B, V) of each row's last real token when `lengths` are given.
+        With targets: the mean, or with reduction="none" the loss of each target that counts, one after another.
+        Positions reach block_size at most; a cache goes on where it stands.
+        """
+        x = self.hidden(idx, cache, lengths)
+        if targets is None:
+            if lengths is not None:
+                x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1]  # (B, C)
+            return self.logits(x)
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+        chunk = max(256, 2**25 // self.config.vocab_size)  # some 128 MiB of logits at a time
+        if reduction == "none":
+            x, targets = x[targets >= 0], targets[targets >= 0]
+        elif torch.is_grad_enabled():
+            return ChunkedLoss.apply(x, self.head_weight, targets, self.row_losses, chunk) / (targets >= 0).sum()
+        losses = torch.cat(
+            [self.row_losses(a, self.head_weight, t) for a, t in zip(x.split(chunk), targets.split(chunk))]
+        )
+        return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
+
+
+# --- end of model ---
+
+
+# --- checkpoint: the same in every script (tests/test_copies.py) ---
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of plain values and tensors so that `path` is at every moment either the old file or the new one.
+
+    Exits with code 1 when the disk refuses; the old file then still stands.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        kept = "the one saved before is whole" if os.path.exists(path) else "nothing was saved before"
+        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); {kept}", code=1)
+
+
+def load_checkpoint(path):
+    """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}")
+    except Exception as error:  # damaged files raise nearly everything
+        unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
+        fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        fail(f"{path}: is not a checkpoint of these scripts (no 'format': 1)")
+    return checkpoint
+
+
+def load_model(path, checkpoint, device, dtype, weights=torch.float32):
+    """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
+    config = dict(checkpoint.get("config", {}))
+    if "kind" in config:
+        fail(
+            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
+        )
+    try:
+        with torch.device("meta"):  # nothing is initialised only to be replaced
+            model = GPT(Config(**config), dtype)
+        model.load_state_dict(checkpoint["model"], assign=True)
+        model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    for p in model.parameters():
+        p.data = p.data.to(device, weights)
+    model.cos, model.sin = model.cos.to(device), model.sin.to(device)
+    return model.eval()
+
+
+# --- end of checkpoint ---
+
+
+# --- generate: the same in every script (tests/test_copies.py) ---
+
+
+def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Next tokens (B,) from logits (B, V) and uniform numbers u (B,): where the cumulative distribution passes u.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 leave every token possible.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p > top_p, 0)  # the first token always stays
+        logits = torch.zeros_like(p).scatter(-1, order, p).log()
+    cdf = logits.softmax(-1).cumsum(-1)  # (B, V), ends near 1
+    target = u[:, None] * cdf[:, -1:]
+    return torch.minimum((cdf <= target).sum(-1), (cdf < cdf[:, -1:]).sum(-1))  # never one of probability 0
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, indices=None, stop=()):
+    """Continue prompts (lists of token ids, none empty); yields after each step a list of (row, new token).
+
+    The number that decides the token at a position is drawn from (seed, index of the row, position) alone, so that a
+    row's text does not depend on its batch. Rows end at a token in `stop`, which is still yielded. When the context
+    window is full, the last half of it is kept and read again.
+    """
+    device, window = model.embed.device, model.config.block_size
+    indices = range(len(prompts)) if indices is None else indices
+    draws = [np.random.Philox(key=[seed % 2**64, i]).random_raw(max_new_tokens) for i in indices]
+    draws = torch.from_numpy((np.stack(draws) >> np.uint64(40)).astype(np.float32) / 2**24).to(
+        device
+    )  # (B, N) in [0, 1)
+    texts, rows, cache = [list(p) for p in prompts], list(range(len(prompts))), None
+    for step in range(max_new_tokens):
+        if cache is None:  # prefill: each different text once
+            kept = [tuple(t if len(t) <= window else t[-(window // 2) :]) for t in (texts[r] for r in rows)]
+            unique = list(dict.fromkeys(kept))
+            lengths = [len(t) for t in unique]
+            space = min(window, max(lengths) + max_new_tokens - step)
+            cache = KVCache(model.config, len(unique), space, device, model.dtype)
+            idx = torch.tensor([t + (0,) * (max(lengths) - len(t)) for t in unique], device=device)
+            logits = model(idx, cache=cache, lengths=lengths)
+            if kept != unique:
+                copies = [unique.index(t) for t in kept]
+                cache, logits = cache.rows(copies), logits[copies]
+        else:
+            idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
+            logits = model(idx, cache=cache, lengths=[1] * len(rows))
+        tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
+        for r, token in zip(rows, tokens):
+            texts[r].append(token)
+        yield list(zip(rows, tokens))
+        going = [i for i, token in enumerate(tokens) if token not in stop]
+        if not going:
+            return
+        if len(going) < len(rows):
+            rows, cache = [rows[i] for i in going], cache.rows(going)
+        if max(cache.lengths) >= window:
+            cache = None
+
+
+# --- end of generate ---
+
+
+def main():
+    flags = get_flags()
+    device, dtype = get_device(flags.device, flags.dtype)
+    checkpoint = load_checkpoint(flags.checkpoint)
+    model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    end = tokenizer._special_tokens.get("<|endoftext|>")
+    prompt = [] if end is None else [end]  # a story begins after the end of another
+    prompt += encode(tokenizer, flags.prompt, "--prompt")
+    if not prompt:
+        fail("--prompt: empty, and this checkpoint needs a character to begin with")
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+    print(flags.prompt, end="", flush=True)
+    settings = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
+    stop = () if end is None else (end,)
+    for [(_, token)] in generate(model, [prompt], flags.max_new_tokens, **settings, stop=stop):
+        if token not in stop:
+            print(utf8.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
+    print(utf8.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    run(main)
