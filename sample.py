@@ -285,6 +285,8 @@ class GPT(nn.Module):
     Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
     """
 
+    logits_at_once = 2**25  # 128 MiB of fp32 while the loss is taken
+
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         C, H = config.n_embd, config.n_head
@@ -352,7 +354,7 @@ class GPT(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1]  # (B, C)
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
-        chunk = max(256, 2**25 // self.config.vocab_size)  # some 128 MiB of logits at a time
+        chunk = max(1, self.logits_at_once // self.config.vocab_size)
         if reduction == "none":
             x, targets = x[targets >= 0], targets[targets >= 0]
         elif torch.is_grad_enabled():
@@ -457,7 +459,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    draws = [np.random.Philox(key=[seed % 2**64, i]).random_raw(max_new_tokens) for i in indices]
+    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
+    draws = [np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys]
     draws = torch.from_numpy((np.stack(draws) >> np.uint64(40)).astype(np.float32) / 2**24).to(
         device
     )  # (B, N) in [0, 1)

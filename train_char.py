@@ -37,12 +37,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 PRESETS = {
     "fast": {
-        "gpt": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=300),
-        "bigram": dict(n_layer=0, n_head=1, n_embd=2, block_size=64, batch_size=64, max_iters=300, embed_lr=0.3),
+        "gpt": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, max_iters=900),
+        "bigram": dict(block_size=64, batch_size=64, max_iters=500),
     },
     "post": {
         "gpt": dict(n_layer=4, n_head=4, n_embd=64, block_size=32, batch_size=32, max_iters=5000),
-        "bigram": dict(n_layer=0, n_head=1, n_embd=2, block_size=32, batch_size=32, max_iters=10000, embed_lr=0.01),
+        "bigram": dict(block_size=32, batch_size=32, max_iters=10000, embed_lr=0.01),
     },
 }
 
@@ -68,13 +68,15 @@ def get_flags():
     add("--head_dropout", type=number(float, 0, 0.99), default=0.0, help="drop whole heads with this probability")
     add("--batch_size", type=number(int, 1), help="windows a step")
     add("--max_iters", type=number(int, 1), help="training steps")
-    add("--matrix_lr", type=number(float, 0), help="Muon's rate")
-    add("--embed_lr", type=number(float, 0), help="AdamW's rate for the embedding, or the bigram's table")
-    add("--head_lr", type=number(float, 0), help="AdamW's rate for the head")
+    add("--matrix_lr", type=number(float, 0), default=0.03, help="Muon's rate")
+    add("--embed_lr", type=number(float, 0), default=0.3, help="AdamW's rate for the embedding, or the bigram's table")
+    add("--head_lr", type=number(float, 0), default=0.02, help="AdamW's rate for the head")
     add("--weight_decay", type=number(float, 0), default=0.0, help="of the matrices, times their rate")
     add("--momentum", type=number(float, 0, 0.999), default=0.95, help="Muon's")
     add("--warmup_iters", type=number(int, 0), default=0, help="steps in which the rates rise")
-    add("--warmdown_iters", type=number(int, 0), help="last steps, in which the rates fall to 0; not given: 70% of all")
+    add(
+        "--warmdown_iters", type=number(int, 0), help="last steps, in which the rates fall to 0; not given: 70%% of all"
+    )
     add("--val_loss_every", type=number(int, 0), default=100, help="steps between validations; 0: at the end only")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="of the activations")
@@ -290,6 +292,8 @@ class GPT(nn.Module):
     Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
     """
 
+    logits_at_once = 2**25  # 128 MiB of fp32 while the loss is taken
+
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         C, H = config.n_embd, config.n_head
@@ -357,7 +361,7 @@ class GPT(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1]  # (B, C)
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
-        chunk = max(256, 2**25 // self.config.vocab_size)  # some 128 MiB of logits at a time
+        chunk = max(1, self.logits_at_once // self.config.vocab_size)
         if reduction == "none":
             x, targets = x[targets >= 0], targets[targets >= 0]
         elif torch.is_grad_enabled():
@@ -580,7 +584,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    draws = [np.random.Philox(key=[seed % 2**64, i]).random_raw(max_new_tokens) for i in indices]
+    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
+    draws = [np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys]
     draws = torch.from_numpy((np.stack(draws) >> np.uint64(40)).astype(np.float32) / 2**24).to(
         device
     )  # (B, N) in [0, 1)
