@@ -401,12 +401,15 @@ def load_checkpoint(path):
         fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
         fail(f"{path}: is not a checkpoint of these scripts (no 'format': 1)")
+    for key in ("config", "tokenizer", "model"):
+        if key not in checkpoint:
+            fail(f"{path}: is a checkpoint without '{key}'")
     return checkpoint
 
 
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint.get("config", {}))
+    config = dict(checkpoint["config"])
     if "kind" in config:
         fail(
             f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
@@ -467,7 +470,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     texts, rows, cache = [list(p) for p in prompts], list(range(len(prompts))), None
     for step in range(max_new_tokens):
         if cache is None:  # prefill: each different text once
-            kept = [tuple(t if len(t) <= window else t[-(window // 2) :]) for t in (texts[r] for r in rows)]
+            kept = [tuple(t if len(t) <= window else t[-max(1, window // 2) :]) for t in (texts[r] for r in rows)]
             unique = list(dict.fromkeys(kept))
             lengths = [len(t) for t in unique]
             space = min(window, max(lengths) + max_new_tokens - step)
@@ -502,15 +505,13 @@ def main():
     checkpoint = load_checkpoint(flags.checkpoint)
     model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
-    end = tokenizer._special_tokens.get("<|endoftext|>")
-    prompt = [] if end is None else [end]  # a story begins after the end of another
-    prompt += encode(tokenizer, flags.prompt, "--prompt")
+    stop = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
+    prompt = stop + encode(tokenizer, flags.prompt, "--prompt")  # a story begins where another ends
     if not prompt:
         fail("--prompt: empty, and this checkpoint needs a character to begin with")
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
     print(flags.prompt, end="", flush=True)
     settings = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
-    stop = () if end is None else (end,)
     for [(_, token)] in generate(model, [prompt], flags.max_new_tokens, **settings, stop=stop):
         if token not in stop:
             print(utf8.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)

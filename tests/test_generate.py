@@ -40,6 +40,11 @@ def test_cached_decoding_is_recomputing_token_for_token(n):
     assert all(len(set(text)) > 2 for text in expected if n > 5), "a model that repeats one token tests nothing"
 
 
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_smallest_windows_work(window):
+    assert len(collect(random_model(block_size=window), [[1, 2, 3, 4]], 9)[0]) == 9
+
+
 def test_prompts_of_different_lengths_share_a_batch():
     model, n = random_model(), T - 12
     torch.manual_seed(4)

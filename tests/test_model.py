@@ -151,3 +151,19 @@ def test_training_compiled_by_blocks_gives_the_same_bits_twice():
         models[1](idx[:, :8], cache=cache)
         last = models[1](idx[:, 8:], cache=cache)[:, -1]
         torch.testing.assert_close(last, models[1](idx)[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_activations_stay_near_fp32():
+    model = random_model()
+    idx = torch.randint(V, (2, T))
+    with torch.no_grad():
+        exact = model(idx)
+        model.dtype = torch.bfloat16
+        cache = script.KVCache(model.config, 2, T, "cpu", torch.bfloat16)
+        steps = torch.cat([model(idx[:, :9], cache=cache), model(idx[:, 9:], cache=cache)], 1)
+        whole = model(idx)
+        for p in model.parameters():
+            p.data = p.data.bfloat16()  # as sample.py keeps them
+        assert model(idx).dtype == torch.float32
+        for logits in (whole, steps, model(idx)):
+            assert 0 < (logits - exact).abs().mean() < 0.05 * exact.std()
