@@ -37,8 +37,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 PRESETS = {
     "fast": {
-        "gpt": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, max_iters=900),
-        "bigram": dict(block_size=64, batch_size=64, max_iters=500),
+        "gpt": dict(n_layer=4, n_head=2, n_embd=128, block_size=128, batch_size=16, max_iters=1050),
+        "bigram": dict(block_size=64, batch_size=64, max_iters=500, embed_lr=0.3),
     },
     "post": {
         "gpt": dict(n_layer=4, n_head=4, n_embd=64, block_size=32, batch_size=32, max_iters=5000),
@@ -68,15 +68,14 @@ def get_flags():
     add("--head_dropout", type=number(float, 0, 0.99), default=0.0, help="drop whole heads with this probability")
     add("--batch_size", type=number(int, 1), help="windows a step")
     add("--max_iters", type=number(int, 1), help="training steps")
-    add("--matrix_lr", type=number(float, 0), default=0.03, help="Muon's rate")
-    add("--embed_lr", type=number(float, 0), default=0.3, help="AdamW's rate for the embedding, or the bigram's table")
+    add("--matrix_lr", type=number(float, 0), default=0.04, help="Muon's rate")
+    add("--embed_lr", type=number(float, 0), default=0.1, help="AdamW's rate for the embedding, or the bigram's table")
     add("--head_lr", type=number(float, 0), default=0.02, help="AdamW's rate for the head")
     add("--weight_decay", type=number(float, 0), default=0.0, help="of the matrices, times their rate")
     add("--momentum", type=number(float, 0, 0.999), default=0.95, help="Muon's")
+    add("--ns_steps", type=number(int, 1, 5), default=3, help="Muon's iterations; 5 for wide models")
     add("--warmup_iters", type=number(int, 0), default=0, help="steps in which the rates rise")
-    add(
-        "--warmdown_iters", type=number(int, 0), help="last steps, in which the rates fall to 0; not given: 70%% of all"
-    )
+    add("--warmdown_iters", type=number(int, 0), help="last steps, in which the rates fall to 0; not given: all")
     add("--val_loss_every", type=number(int, 0), default=100, help="steps between validations; 0: at the end only")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="of the activations")
@@ -186,8 +185,28 @@ class Config:
     logit_softcap: float = 15.0  # logits become cap * tanh(logits / cap); 0 leaves them as they are
 
 
-def norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32: Zhang and Sennrich 2019.
+
+    What F.rms_norm computes, but its backward is a dozen passes over memory on a CPU; this saves 7% of a step there.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
+        scale = torch.rsqrt(mean_square + 1e-6)
+        y = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True, dtype=torch.float32)  # the part of the gradient that changes the size
+        return (torch.addcmul(grad.float(), y.float(), along, value=-1) * scale).to(y.dtype)
+
+
+norm = RMSNorm.apply
 
 
 def rotary_tables(length, head_size):
@@ -461,13 +480,12 @@ class Optimizer:
     state: {parameter name: {tensor name: tensor}}, the same for any number of ranks; what a checkpoint keeps.
     """
 
-    def __init__(self, model, matrix_lr, embed_lr, head_lr, momentum, weight_decay, betas, dtype):
+    def __init__(self, model, matrix_lr, embed_lr, head_lr, momentum, weight_decay, betas, dtype, ns_steps=5):
         named = dict(model.named_parameters())
         matrices = [name for name in named if name.startswith("blocks.")]
+        muon = dict(momentum=momentum, weight_decay=weight_decay, dtype=dtype, coefficients=POLAR_EXPRESS[:ns_steps])
         self.groups = [
-            dict(
-                step=muon_step, names=matrices, lr=matrix_lr, momentum=momentum, weight_decay=weight_decay, dtype=dtype
-            ),
+            dict(step=muon_step, names=matrices, lr=matrix_lr, **muon),
             dict(step=adamw_step, names=["embed"], lr=embed_lr, betas=betas),
             dict(step=adamw_step, names=["head"], lr=head_lr, betas=betas),
         ]
@@ -810,7 +828,7 @@ def main():
     log = Log(flags.out_dir, device)
     log.line(describe(text, chars, encode, decode))
     rates = flags.matrix_lr, flags.embed_lr, flags.head_lr
-    optimizer = Optimizer(model, *rates, flags.momentum, flags.weight_decay, (0.8, 0.95), dtype)
+    optimizer = Optimizer(model, *rates, flags.momentum, flags.weight_decay, (0.8, 0.95), dtype, flags.ns_steps)
     parameters = sum(p.numel() for p in model.parameters())
     log.line(f"{flags.model}: {parameters:,} parameters, {steps} steps of {B} x {T} characters on {device}")
 
@@ -833,7 +851,7 @@ def main():
     interrupted = []
     for name in (signal.SIGINT, signal.SIGTERM):  # the step under way is finished: no half step gets into a file
         signal.signal(name, lambda *_: interrupted.append(1))
-    warmdown = 0.7 * steps if flags.warmdown_iters is None else flags.warmdown_iters
+    warmdown = steps if flags.warmdown_iters is None else flags.warmdown_iters
     loss, factor, train_time, start = float("nan"), 1.0, 0.0, time.perf_counter()
     for step in range(steps + 1):
         train_time, start = train_time + time.perf_counter() - start, time.perf_counter()

@@ -22,8 +22,12 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SPRINT = "--n_layer 1 --n_head 2 --n_embd 64 --block_size 64 --batch_size 16 --max_iters 480 --warmdown_iters 240"
-SPRINT = [*SPRINT.split(), *"--momentum 0.9 --val_loss_every 0 --max_new_tokens 100 --prompt".split(), "The "]
+SPRINT = "--n_layer 1 --n_head 2 --n_embd 64 --block_size 80 --batch_size 12 --max_iters 540 --warmdown_iters 270"
+SPRINT = [
+    *SPRINT.split(),
+    *"--matrix_lr 0.03 --embed_lr 0.3 --momentum 0.9 --val_loss_every 0 --max_new_tokens 100 --prompt".split(),
+    "The ",
+]
 
 
 def baseline(path):
