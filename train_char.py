@@ -76,7 +76,7 @@ def get_flags():
     add("--ns_steps", type=number(int, 1, 5), default=3, help="Muon's iterations; 5 for wide models")
     add("--warmup_iters", type=number(int, 0), default=0, help="steps in which the rates rise")
     add("--warmdown_iters", type=number(int, 0), help="last steps, in which the rates fall to 0; not given: all")
-    add("--val_loss_every", type=number(int, 0), default=100, help="steps between validations; 0: at the end only")
+    add("--val_loss_every", type=number(int, 0), default=250, help="steps between validations; 0: at the end only")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="of the activations")
     add("--compile", default=False, action=argparse.BooleanOptionalAction, help="compile the blocks")

@@ -16,4 +16,4 @@ echo "== a small transformer on the same characters"
 .venv/bin/python train_char.py --out_dir out/demo/char
 
 echo "== and its story"
-.venv/bin/python sample.py out/demo/char/ckpt.pt --prompt "It was a dark and stormy night" --max_new_tokens 1000 --temperature 0.8
+.venv/bin/python sample.py out/demo/char/ckpt.pt --prompt "It was a dark and stormy night" --max_new_tokens 1000 --seed 2

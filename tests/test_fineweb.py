@@ -1,5 +1,6 @@
 """data/fineweb.py against a server that supports ranges or not, cuts connections, and serves what it should not."""
 
+import contextlib
 import http.server
 import os
 import pathlib
@@ -19,7 +20,7 @@ import pytest
 import data.fineweb as script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDER = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+FOLDER = "/mirror/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 VAL, ONE, TWO = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
 
 
@@ -78,7 +79,7 @@ def server(monkeypatch):
     server.free.set()
     server.url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/mirror/")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.free.set()
@@ -216,20 +217,36 @@ def wait_until(condition, seconds=20):
         time.sleep(0.01)
 
 
+def on_a_terminal(*arguments):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, ROOT / "data" / "fineweb.py", *arguments]
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL)
+    os.close(theirs)
+    return process, ours
+
+
+def everything(terminal):
+    """What was shown until the other end was closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how Linux says so
+        while piece := os.read(terminal, 1000):
+            shown += piece
+    return shown.decode().replace("\r\n", "\n")
+
+
 @pytest.mark.parametrize("name, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_after_a_kill_or_ctrl_c_the_same_command_goes_on(server, tmp_path, name, code):
     server.free.clear()
     server.cuts[:] = [200_000]  # which then hangs
     part = tmp_path / f"{VAL}.part"
-    command = [sys.executable, ROOT / "data" / "fineweb.py", "0", "--out_dir", tmp_path]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: part.exists() and part.stat().st_size > 100_000)
-        process.send_signal(name)
-        start = time.monotonic()
-        said = process.stderr.read()
-    assert process.returncode == code and time.monotonic() - start < 5 and not (tmp_path / VAL).exists()
+    process, terminal = on_a_terminal("0", "--out_dir", tmp_path)
+    wait_until(lambda: part.exists() and part.stat().st_size > 100_000)
+    process.send_signal(name)
+    assert process.wait(5) == code and not (tmp_path / VAL).exists()
+    progress, *said = everything(terminal).removesuffix("\n").split("\n")
+    assert progress.startswith("\r0 of 1 files")
     if name == signal.SIGINT:
-        assert said.splitlines()[-1] == "fineweb.py: interrupted; the same command goes on with what has arrived"
+        assert said == ["fineweb.py: interrupted; the same command goes on with what has arrived"]
     have = part.stat().st_size
     assert 100_000 < have <= 200_000
     run(0, "--out_dir", tmp_path)
@@ -272,6 +289,7 @@ def test_mistakes_get_one_line(server, tmp_path):
         ((1, "--concurrency", 0), "--concurrency"),
         ((1, "--out_dir", tmp_path / "file" / "x"), "--out_dir"),
         ((1, "--out_dir", tmp_path / "file"), "--out_dir"),
+        ((1, "--out_dir", "/proc"), "--out_dir"),  # where not even root can write
     ):
         done = run(*arguments, code=2)
         assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
@@ -280,17 +298,9 @@ def test_mistakes_get_one_line(server, tmp_path):
 
 
 def test_a_terminal_gets_one_line_that_is_written_over(server, tmp_path):
-    ours, theirs = pty.openpty()
-    command = [sys.executable, ROOT / "data" / "fineweb.py", "2", "--out_dir", tmp_path]
-    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(ours, 1000)
-        except OSError:  # the other end is closed
-            break
-    assert process.wait() == 0 and shown.count(b"\n") == 1 and b"\r3 of 3 files" in shown and b"ETA" in shown, shown
+    process, terminal = on_a_terminal("2", "--out_dir", tmp_path)
+    shown = everything(terminal)
+    assert process.wait() == 0 and shown.count("\n") == 1 and "\r3 of 3 files" in shown and "ETA" in shown, shown
 
 
 def test_progress_adds_up_the_files(capsys):
@@ -299,6 +309,11 @@ def test_progress_adds_up_the_files(capsys):
     progress("a", 3_000_000, 5_000_000, fresh=1_000_000)
     progress.next = 0
     progress("b", 5_000_000, 5_000_000, whole=True)
-    first, second = capsys.readouterr().err.splitlines()
+    progress.live, progress.next = True, 0
+    progress("b", 5_000_000, 5_000_000)
+    progress.stop()
+    assert progress.lock.locked(), "nothing more is shown"
+    first, second, third, end = capsys.readouterr().err.split("\n")
     assert first.split("  ")[:3] == ["0 of 4 files", "3.0 of 20.0 MB", "0.1 MB/s"]
     assert second.split("  ")[:4] == ["1 of 4 files", "8.0 of 20.0 MB", "0.1 MB/s", "ETA 120 s"]
+    assert third.startswith("\r1 of 4 files") and end == ""

@@ -1,5 +1,7 @@
 """data/prepare.py: every format there and back, shards to the token, and what wrong input gets."""
 
+import concurrent.futures
+import contextlib
 import csv
 import json
 import os
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import numpy as np
 import openpyxl
@@ -85,7 +88,10 @@ def test_every_format_comes_back(tmp_path, suffix, tokenizer):
     assert decode(tokens, tokenizer) == texts
     assert decode(read_shard(f"{out}_val_000000.bin"), tokenizer) == texts[-1:]
     size = sum(len(text.encode()) for text in texts)
-    assert "documents: 6 (5 train, 1 val), 0 empty" in done.stdout and f"tokens: {len(tokens):,} (" in done.stdout
+    assert (
+        f"documents: 6 (5 train, 1 val), {size:,} bytes; 0 empty" in done.stdout
+        and f"tokens: {len(tokens):,} (" in done.stdout
+    )
     assert f"{len(tokens) / size:.4f} per byte" in done.stdout and "shards: 2" in done.stdout
     assert len(list(out.parent.iterdir())) == 2
 
@@ -96,12 +102,25 @@ def test_many_small_shards_are_one_stream(tmp_path):
     texts = TEXTS[:3] + TEXTS[4:]
     expected = [[50256, *bpe.encode_ordinary(text)] for text in texts]
     for size in (1, 7, len(sum(expected[:3], [])), 10**6):  # the third cuts exactly between shards
-        prefix = tmp_path / str(size) / "s"
-        arguments = [first, second, "--val_fraction", 0.4, "--shard_tokens", size, "--out", prefix, "--workers", 1]
+        prefix = tmp_path / f"[{size}]" / "s"
+        arguments = [
+            first,
+            second,
+            "--val_fraction",
+            0.4,
+            "--shard_tokens",
+            size,
+            "--out",
+            f"{prefix.parent}//s",
+            "--workers",
+            1,
+        ]
         if size == 7:  # sets of an earlier run and of others are there already
             prefix.parent.mkdir()
             for name in ("s_train_000999.bin", "s_val_000001.bin", "s2_train_000999.bin", "s_train_9.bin"):
                 (prefix.parent / name).write_bytes(b"old")
+            assert "--overwrite" in run(*arguments, code=2).stderr and len(os.listdir(prefix.parent)) == 4
+            arguments.append("--overwrite")
         removed = run(*arguments).stdout.count("removed: ")
         train = [read_shard(path) for path in sorted(prefix.parent.glob("s_train_??????.bin"))]
         assert sum(train, []) == sum(expected[:3], []) and read_shards(prefix) == sum(expected, [])
@@ -124,6 +143,18 @@ def test_any_number_of_workers_writes_the_same(tmp_path):
     assert decode(read_shards(tmp_path / "2" / "s"), "bytes") == texts
 
 
+def test_only_some_parts_are_in_memory():
+    texts = [chr(97 + i) * 2**20 for i in range(9)] + ["the", "end"]
+    left = iter(texts)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        parts = script.tokenize_all(left, "bytes", pool, 4)
+        first = next(parts)
+        assert first[:2].tolist() == [256, 97] and len(first) == 1 + 2**20
+        assert next(left)[0] == "e", "four were read, and the fifth we took away"
+        tokens = np.concatenate([first, *parts]).tolist()
+    assert decode(tokens, "bytes") == texts[:4] + texts[5:]
+
+
 @pytest.mark.parametrize("fraction, val", [(0.05, 1), (0.29, 6), (0.99, 19), (0, 0)])
 def test_the_last_documents_validate(tmp_path, fraction, val):
     texts = [str(i) for i in range(20)]
@@ -143,7 +174,7 @@ def test_empty_documents_are_passed_over_and_counted(tmp_path):
     lines.write_text('{"text": ""}\n\n{"text": "e"}\n')
     done = run(path, other, lines, "--tokenizer", "bytes", "--out", tmp_path / "s")
     assert decode(read_shards(tmp_path / "s"), "bytes") == ["a", "b", "c", "d", "e"]
-    assert "documents: 5 (4 train, 1 val), 6 empty" in done.stdout
+    assert "documents: 5 (4 train, 1 val), 5 bytes; 6 empty" in done.stdout
 
 
 def test_text_for_characters(tmp_path):
@@ -169,6 +200,18 @@ def test_lines_of_windows_and_a_byte_order_mark(tmp_path):
     assert list(script.read(str(path), "body")) == ["one\ntwo", "three"]
     write(tmp_path / "x.xlsx", ["one_x000D_\ntwo"])  # so does Excel write a carriage return
     assert list(script.read(str(tmp_path / "x.xlsx"), "body")) == ["one\ntwo"]
+
+
+def test_a_workbook_may_lack_cells_and_be_wrong_about_its_size(tmp_path):
+    book = openpyxl.Workbook()
+    for row in [["title", "body"], ["only a title"], ["both", "a"], [], ["both", "b"]]:
+        book.active.append(row)
+    book.save(tmp_path / "right.xlsx")
+    with zipfile.ZipFile(tmp_path / "right.xlsx") as right, zipfile.ZipFile(tmp_path / "x.xlsx", "w") as wrong:
+        for name in right.namelist():
+            wrong.writestr(name, right.read(name).replace(b'<dimension ref="A1:B5"', b'<dimension ref="A1:A2"'))
+        assert wrong.read("xl/worksheets/sheet1.xml").count(b'ref="A1:A2"') == 1
+    assert list(script.read(str(tmp_path / "x.xlsx"), "body")) == ["", "a", "", "b"]
 
 
 def test_documents_come_before_the_file_is_read_to_its_end(tmp_path):
@@ -262,7 +305,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, target):
     path, out = write(tmp_path / "x.txt"), tmp_path / "out"
     (tmp_path / "out_train_000001.bin").write_bytes(b"old")
     out.write_bytes(b"old")
-    done = run(path, target, out, "--tokenizer", "bytes", "--val_fraction", 0.6, code=1, preexec_fn=limit)
+    done = run(
+        path, target, out, "--tokenizer", "bytes", "--val_fraction", 0.6, "--overwrite", code=1, preexec_fn=limit
+    )
     said = done.stderr.splitlines()
     assert said[-1] == f"prepare.py: {out}: could not be written (File too large)"
     assert len(said) == (1 if target == "--text" else 2), "the training shard was whole when the other failed"
@@ -272,10 +317,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, target):
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_nothing(tmp_path, name):
-    path = write(tmp_path / "x.jsonl", ["x" * 1_500_000] * 20)  # half a second each
-    out = tmp_path / "out"
+    path = write(tmp_path / "x.jsonl", ["words " * 200_000, "x" * 20_000_000, "end"])  # the second takes a worker long
+    out, said = tmp_path / "out", tmp_path / "stderr"
     command = [sys.executable, ROOT / "data" / "prepare.py", path, "--out", out / "s", "--workers", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with open(said, "w") as f:
+        process = subprocess.Popen(command, stderr=f, start_new_session=True)
+    try:
         end = time.monotonic() + 20
         while not list(out.glob("s_train_000001.bin.*.tmp")):
             assert time.monotonic() < end and process.poll() is None, "no shard was begun"
@@ -284,9 +331,13 @@ def test_an_interruption_leaves_nothing(tmp_path, name):
             os.killpg(process.pid, name)  # as a terminal does
         else:
             process.send_signal(name)
-        said = process.stderr.read()  # which ends when the workers are gone as well
-    assert process.returncode == 130 and said == "prepare.py: interrupted\n", said
-    assert os.listdir(out) == []
+        assert process.wait(5) == 130 and said.read_text() == "prepare.py: interrupted\n", said.read_text()
+        assert os.listdir(out) == []
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # the workers are gone as well
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path):
