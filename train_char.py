@@ -81,7 +81,7 @@ def get_flags():
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="of the activations")
     add("--compile", default=False, action=argparse.BooleanOptionalAction, help="compile the blocks")
     add("--seed", type=int, default=1337, help="of everything random")
-    chosen = flags.parse_args()
+    chosen = flags.parse_args([argument for argument in sys.argv[1:] if argument not in ("-h", "--help")])
     flags.set_defaults(**PRESETS[chosen.preset]["bigram" if chosen.model == "bigram" else "gpt"])
     return flags.parse_args()
 
@@ -99,7 +99,8 @@ class Flags(argparse.ArgumentParser):
     """Flat flags: --help shows the script's docstring and every default, a mistake gets one line."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     def __init__(self):
         super().__init__(description=sys.modules["__main__"].__doc__, formatter_class=self.Help, allow_abbrev=False)

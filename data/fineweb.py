@@ -51,7 +51,8 @@ class Flags(argparse.ArgumentParser):
     """Flat flags: --help shows the script's docstring and every default, a mistake gets one line."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     def __init__(self):
         super().__init__(description=sys.modules["__main__"].__doc__, formatter_class=self.Help, allow_abbrev=False)

@@ -184,7 +184,8 @@ def test_text_for_characters(tmp_path):
     assert str(out) in done.stdout and sorted(os.listdir(tmp_path)) == ["out.txt", "x.csv"]
     assert list(script.documents(str(out))) == TEXTS
     before = out.read_bytes()
-    run(out, "--text", out)
+    assert "--overwrite" in run(out, "--text", out, code=2).stderr
+    run(out, "--text", out, "--overwrite")
     assert out.read_bytes() == before, "reading and writing change nothing"
 
 
@@ -290,7 +291,7 @@ def test_openpyxl_is_only_needed_for_xlsx(tmp_path):
     (tmp_path / "stub" / "openpyxl.py").write_text("raise ImportError")
     without = {**os.environ, "PYTHONPATH": str(tmp_path / "stub")}
     run(write(tmp_path / "x.csv"), "--text", tmp_path / "out.txt", env=without)
-    done = run(write(tmp_path / "x.xlsx"), "--text", tmp_path / "out.txt", env=without, code=2)
+    done = run(write(tmp_path / "x.xlsx"), "--text", tmp_path / "other.txt", env=without, code=2)
     assert "pip install openpyxl" in done.stderr and done.stderr.count("\n") == 1
 
 

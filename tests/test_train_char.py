@@ -239,5 +239,6 @@ def test_a_script_copied_elsewhere_still_works(tmp_path, trained):
 
 def test_help_shows_the_defaults():
     text = run("train_char.py", "--help").stdout
-    assert "python train_char.py --model bigram" in text and "(default: 0.8)" in text
+    assert "python train_char.py --model bigram" in text and "(default: 0.8)" in text and "None" not in text
+    assert "(default: 128)" in text and "(default: 32)" in run("train_char.py", "--preset", "post", "--help").stdout
     assert "python sample.py" in run("sample.py", "--help").stdout
