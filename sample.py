@@ -95,6 +95,8 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:  # a disk that is full, most often
+        fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
 
 
 # --- end of command line ---
@@ -143,6 +145,8 @@ def get_tokenizer(spec):
             return tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are OSErrors too
             fail(f"cannot fetch the GPT-2 tokenizer ({type(error).__name__}); see TIKTOKEN_CACHE_DIR in README.md")
+    if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
+        fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
     special = {"<|endoftext|>": 256} if spec == "bytes" else {}
     ranks = {c: i for i, c in enumerate(chars)}

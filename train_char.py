@@ -134,6 +134,8 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:  # a disk that is full, most often
+        fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
 
 
 # --- end of command line ---
@@ -493,6 +495,7 @@ class Optimizer:
         for group in self.groups:
             group["names"] = [name for name in group["names"] if name in named]  # a tied head is the embedding
             group["params"], group["base_lr"] = [named[name] for name in group["names"]], group["lr"]
+        self.groups = [group for group in self.groups if group["names"]]
         names = [name for group in self.groups for name in group["names"]]
         assert sorted(names) == sorted(named), "each parameter belongs to exactly one group"
         self.state = {name: {} for name in named}
@@ -504,9 +507,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self):
         for group in self.groups:
-            if group["names"]:
-                settings = {k: v for k, v in group.items() if k not in ("step", "names", "params", "base_lr")}
-                group["step"](group["params"], [self.state[name] for name in group["names"]], **settings)
+            settings = {k: v for k, v in group.items() if k not in ("step", "names", "params", "base_lr")}
+            group["step"](group["params"], [self.state[name] for name in group["names"]], **settings)
 
 
 # --- end of optimizer ---
@@ -660,14 +662,10 @@ class Log:
             fail(f"--out_dir {out_dir}: {error.strerror}")
         with open(sys.argv[0], encoding="utf-8") as f:
             self.txt.write(f.read() + "=" * 100 + "\n")
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        )
-        self.txt.write(
-            f"{' '.join(sys.argv)}\n"
-            f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
-            f"{name}, {torch.get_num_threads()} threads\n"
-        )
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+        versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+        self.txt.write(f"{' '.join(sys.argv)}\n{versions}, {name}\n")
 
     def line(self, text):
         """A line on the terminal and in log.txt."""
@@ -689,9 +687,8 @@ class Log:
         if time.perf_counter() < self.next:
             return
         self.next = time.perf_counter() + (0.1 if self.live else every)
-        print(
-            f"\r{text:<{self.shown}}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True
-        )
+        start, end = ("\r", "") if self.live else ("", "\n")
+        print(f"{start}{text:<{self.shown}}", end=end, file=sys.stderr, flush=True)
         self.shown = len(text) if self.live else 0
 
 
@@ -846,14 +843,15 @@ def main():
     if flags.compile and flags.model != "bigram":
         for block in model.blocks:
             block.compile()
-        model(data[: B * T].view(B, T), data[: B * T].view(B, T)).backward()  # compiles before the clock starts
+        with torch.random.fork_rng():  # compile before the clock starts, and leave no trace
+            model(window.new_zeros(B, T), window.new_zeros(B, T)).backward()
         model.zero_grad()
 
     interrupted = []
     for name in (signal.SIGINT, signal.SIGTERM):  # the step under way is finished: no half step gets into a file
         signal.signal(name, lambda *_: interrupted.append(1))
     warmdown = steps if flags.warmdown_iters is None else flags.warmdown_iters
-    loss, factor, train_time, start = float("nan"), 1.0, 0.0, time.perf_counter()
+    loss, train_time, start = float("nan"), 0.0, time.perf_counter()
     for step in range(steps + 1):
         train_time, start = train_time + time.perf_counter() - start, time.perf_counter()
         if interrupted:
@@ -866,13 +864,13 @@ def main():
                 f"step:{step}/{steps} val_loss:{val_loss:.4f} train_time:{milliseconds:.0f}ms "
                 f"step_avg:{milliseconds / step:.2f}ms"
             )
-            log.row(step=step, train_loss=loss, val_loss=val_loss, lr=factor, train_time_ms=round(milliseconds))
+            rates = dict(lr=optimizer.groups[0]["lr"], tokens_per_s=round(step * B * T / train_time))
+            log.row(step=step, train_loss=loss, val_loss=val_loss, train_time_ms=round(milliseconds), **rates)
             save_checkpoint(path, {**checkpoint, "train": {"step": step, "flags": vars(flags), "val_loss": val_loss}})
             start = time.perf_counter()
         if step == steps:
             break
-        factor = min(1.0, (step + 1) / max(1, flags.warmup_iters), (steps - step) / max(1, warmdown))
-        optimizer.set_lr(factor)
+        optimizer.set_lr(min(1.0, (step + 1) / max(1, flags.warmup_iters), (steps - step) / max(1, warmdown)))
         tokens = data[torch.randint(split - T, (B, 1), device=device) + window]  # (B, T + 1)
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
@@ -880,7 +878,8 @@ def main():
         model.zero_grad()
         loss = loss.item()
         if not math.isfinite(loss):
-            fail(f"the loss is {loss} at step {step + 1}: lower --matrix_lr, --embed_lr or --head_lr", code=1)
+            kept = f"; {path} is the last good checkpoint" if os.path.exists(path) else ""
+            fail(f"the loss is {loss} at step {step + 1}: lower --matrix_lr, --embed_lr or --head_lr{kept}", code=1)
         elapsed = train_time + time.perf_counter() - start
         log.progress(
             f"step {step + 1}/{steps}  loss {loss:.4f}  {(step + 1) * B * T / elapsed:,.0f} tokens/s  "

@@ -86,6 +86,8 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:  # a disk that is full, most often
+        fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
 
 
 # --- end of command line ---

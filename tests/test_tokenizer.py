@@ -48,6 +48,13 @@ def test_unknown_characters_are_named(capsys):
     )
 
 
+def test_unknown_tokenizers_are_named(capsys):
+    for spec in ("gpt9", 5, {"words": "a"}, {"chars": 5}):
+        with pytest.raises(SystemExit) as stop:
+            script.get_tokenizer(spec)
+        assert stop.value.code == 2 and repr(spec) in capsys.readouterr().err
+
+
 def test_without_a_network_one_line_says_what_to_do(tmp_path):
     environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     command = [sys.executable, "-c", "import sample; sample.get_tokenizer('gpt2')"]

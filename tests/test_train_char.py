@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def test_a_run_leaves_what_the_design_promises(trained):
 def test_sample_goes_on_from_the_checkpoint(trained):
     out, done = trained
     story = json.loads((out / "stories.jsonl").read_text(encoding="utf-8"))
-    again = run("sample.py", out / "ckpt.pt", "--max_new_tokens", 40, "--seed", story["seed"])
+    settings = "--max_new_tokens", 40, "--dtype", "float32"  # auto is another type on some machines
+    again = run("sample.py", out / "ckpt.pt", *settings, "--seed", story["seed"])
     assert again.stdout == story["text"] + "\n" and again.stderr == ""
     limits = "--max_new_tokens", 30
     greedy = run("sample.py", out / "ckpt.pt", "--temperature", 0, *limits).stdout
@@ -242,3 +244,22 @@ def test_help_shows_the_defaults():
     assert "python train_char.py --model bigram" in text and "(default: 0.8)" in text and "None" not in text
     assert "(default: 128)" in text and "(default: 32)" in run("train_char.py", "--preset", "post", "--help").stdout
     assert "python sample.py" in run("sample.py", "--help").stdout
+
+
+def test_compiled_and_plain_runs_agree(tmp_path):
+    losses = []
+    for i, flag in enumerate(("--compile", "--no-compile")):
+        run("train_char.py", "--out_dir", tmp_path / str(i), *TINY, flag)
+        losses.append(json.loads((tmp_path / str(i) / "log.jsonl").read_text())["val_loss"])
+    assert abs(losses[0] - losses[1]) < 1e-3
+
+
+def test_a_full_disk_gets_one_line(tmp_path):
+    """A limit on the size of files stands in for the full disk: the log is the first to feel it."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = run("train_char.py", "--out_dir", tmp_path, *TINY, code=1, preexec_fn=limit)
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
