@@ -6,8 +6,8 @@ python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "runs/demo.sh: Python 3.10 or newer is needed; name one in PYTHON" >&2; exit 2; }
 
 echo "== packages: torch, numpy, tiktoken, requests, into .venv"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet -r requirements.txt
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
+.venv/bin/python -c 'import torch, numpy, tiktoken, requests' 2>/dev/null || .venv/bin/python -m pip install -r requirements.txt
 
 echo "== the tales, and a bigram model of their characters"
 .venv/bin/python train_char.py --model bigram --out_dir out/demo/bigram
