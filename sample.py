@@ -187,7 +187,7 @@ class Config:
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32: Zhang and Sennrich 2019.
 
-    What F.rms_norm computes, but its backward is a dozen passes over memory on a CPU; this saves 7% of a step there.
+    What F.rms_norm computes, but its backward is a chain of elementwise operations on a CPU: this saves 7% of a step.
     """
 
     @staticmethod
