@@ -52,7 +52,8 @@ def get_flags():
 
 def fail(message, code=2):
     """End with one line on stderr: code 2 for what the user can put right, 1 when the work itself failed."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    if code != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # under torchrun all ranks see the same mistake
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -285,17 +286,14 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, row_losses, chunk):
-        total = x.new_zeros((), dtype=torch.float32)
-        dx, dweight = torch.empty_like(x), None
-        for i in range(0, len(x), chunk):
-            with torch.enable_grad():
-                xi, w = x[i : i + chunk].detach().requires_grad_(), weight.detach().requires_grad_()
-                loss = row_losses(xi, w, targets[i : i + chunk]).sum()
-            dx[i : i + chunk], dw = torch.autograd.grad(loss, (xi, w))
-            dweight = dw if dweight is None else dweight.add_(dw)
-            total += loss.detach()
-        ctx.save_for_backward(dx, dweight)
+    def forward(ctx, x, weight, targets, loss_and_gradients, chunk):
+        total, dx, dweight = 0.0, [], torch.zeros_like(weight)
+        w = weight.to(x.dtype)
+        for xi, t in zip(x.split(chunk), targets.split(chunk)):
+            loss, dxi, dw = loss_and_gradients(xi, w, t)
+            total, dweight = total + loss, dweight.add_(dw)
+            dx.append(dxi)
+        ctx.save_for_backward(torch.cat(dx), dweight)
         return total
 
     @staticmethod
@@ -310,7 +308,8 @@ class GPT(nn.Module):
     Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
     """
 
-    logits_at_once = 2**25  # 128 MiB of fp32 while the loss is taken
+    # While the loss is taken: few logits at once, so that they stay in a CPU's cache, but enough rows for fast products.
+    logits_at_once, least_rows = {"cpu": 2**22, "cuda": 2**29, "mps": 2**25}, 512
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
@@ -334,9 +333,17 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
                 x = recompute(block, x, cos, sin, use_reentrant=False)
+            elif cache:  # never compiled: each shape would be compiled anew
+                x = block.forward(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
             else:
-                x = block(x, cos, sin, *((cache.k[i], cache.v[i], positions, mask) if cache else ()))
+                x = block(x, cos, sin)
         return x
+
+    def compile_blocks(self):
+        """Compile what training spends its time in: each block by itself, and the loss. Sampling stays as it was."""
+        for block in self.blocks:
+            block.compile()
+        self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
 
     def hidden(self, idx, cache=None, lengths=None):
         """Tokens (B, T) to the last normalised activations (B, T, C). With a cache the tokens follow what it holds,
@@ -351,20 +358,37 @@ class GPT(nn.Module):
             if any(cache.lengths):
                 S = max(cache.lengths) + T
                 mask = torch.arange(S, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, D)
+            angles = positions.clamp(max=self.config.block_size - 1)  # only padding is ever beyond the window
+            cos, sin = self.cos[angles][:, None], self.sin[angles][:, None]  # (B, 1, T, D)
             cache.lengths = [n + new for n, new in zip(cache.lengths, lengths)]
         x = F.embedding(idx, self.embed).to(self.dtype)  # (B, T, C)
         x = norm(x) if self.config.embed_norm else x
         return norm(self.trunk(x, cos, sin, cache, positions, mask))
 
-    def logits(self, x, weight=None):
+    def logits(self, x):
         """Activations (..., C) to logits (..., vocab_size) in fp32."""
-        weight, cap = self.head_weight if weight is None else weight, self.config.logit_softcap
-        logits = F.linear(x, weight.to(x.dtype))[..., : self.config.vocab_size].float()
+        cap = self.config.logit_softcap
+        logits = F.linear(x, self.head_weight.to(x.dtype))[..., : self.config.vocab_size].float()
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def row_losses(self, x, weight, targets):
-        return F.cross_entropy(self.logits(x, weight), targets, ignore_index=-1, reduction="none")
+    def row_losses(self, x, targets):
+        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
+
+    def loss_and_gradients(self, x, weight, targets):
+        """Sum of the cross-entropies of rows x (N, C), and its gradients with respect to x and weight (rows, C)."""
+        V, cap = self.config.vocab_size, self.config.logit_softcap
+        logits = F.linear(x, weight)[:, :V].float()  # (N, V)
+        slope = 1.0
+        if cap:
+            tanh = logits.div_(cap).tanh_()
+            logits, slope = tanh * cap, tanh.square_().neg_().add_(1)
+        logp = logits.log_softmax(-1)
+        targets, counted = targets[:, None].clamp(min=0), targets[:, None] >= 0  # (N, 1)
+        loss = -(logp.gather(-1, targets) * counted).sum()
+        p, right = logp.exp_(), torch.arange(V, device=x.device) == targets  # (N, V)
+        grad = torch.where(right, p - 1, p).mul_(counted).mul_(slope).to(x.dtype)
+        grad = F.pad(grad, (0, len(weight) - V))
+        return loss, grad @ weight, grad.mT @ x
 
     def forward(self, idx, targets=None, cache=None, lengths=None, reduction="mean"):
         """Logits of tokens idx (B, T), or with targets (B, T) their loss in nats; targets of -1 are passed over.
@@ -379,14 +403,15 @@ class GPT(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1]  # (B, C)
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
-        chunk = max(1, self.logits_at_once // self.config.vocab_size)
         if reduction == "none":
             x, targets = x[targets >= 0], targets[targets >= 0]
-        elif torch.is_grad_enabled():
-            return ChunkedLoss.apply(x, self.head_weight, targets, self.row_losses, chunk) / (targets >= 0).sum()
-        losses = torch.cat(
-            [self.row_losses(a, self.head_weight, t) for a, t in zip(x.split(chunk), targets.split(chunk))]
-        )
+        most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
+        chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
+        if reduction == "mean" and torch.is_grad_enabled():
+            return (
+                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
+            )
+        losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
 

@@ -91,7 +91,8 @@ def get_flags():
 
 def fail(message, code=2):
     """End with one line on stderr: code 2 for what the user can put right, 1 when the work itself failed."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    if code != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # under torchrun all ranks see the same mistake
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -289,17 +290,14 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, row_losses, chunk):
-        total = x.new_zeros((), dtype=torch.float32)
-        dx, dweight = torch.empty_like(x), None
-        for i in range(0, len(x), chunk):
-            with torch.enable_grad():
-                xi, w = x[i : i + chunk].detach().requires_grad_(), weight.detach().requires_grad_()
-                loss = row_losses(xi, w, targets[i : i + chunk]).sum()
-            dx[i : i + chunk], dw = torch.autograd.grad(loss, (xi, w))
-            dweight = dw if dweight is None else dweight.add_(dw)
-            total += loss.detach()
-        ctx.save_for_backward(dx, dweight)
+    def forward(ctx, x, weight, targets, loss_and_gradients, chunk):
+        total, dx, dweight = 0.0, [], torch.zeros_like(weight)
+        w = weight.to(x.dtype)
+        for xi, t in zip(x.split(chunk), targets.split(chunk)):
+            loss, dxi, dw = loss_and_gradients(xi, w, t)
+            total, dweight = total + loss, dweight.add_(dw)
+            dx.append(dxi)
+        ctx.save_for_backward(torch.cat(dx), dweight)
         return total
 
     @staticmethod
@@ -314,7 +312,8 @@ class GPT(nn.Module):
     Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
     """
 
-    logits_at_once = 2**25  # 128 MiB of fp32 while the loss is taken
+    # While the loss is taken: few logits at once, so that they stay in a CPU's cache, but enough rows for fast products.
+    logits_at_once, least_rows = {"cpu": 2**22, "cuda": 2**29, "mps": 2**25}, 512
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
@@ -338,9 +337,17 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
                 x = recompute(block, x, cos, sin, use_reentrant=False)
+            elif cache:  # never compiled: each shape would be compiled anew
+                x = block.forward(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
             else:
-                x = block(x, cos, sin, *((cache.k[i], cache.v[i], positions, mask) if cache else ()))
+                x = block(x, cos, sin)
         return x
+
+    def compile_blocks(self):
+        """Compile what training spends its time in: each block by itself, and the loss. Sampling stays as it was."""
+        for block in self.blocks:
+            block.compile()
+        self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
 
     def hidden(self, idx, cache=None, lengths=None):
         """Tokens (B, T) to the last normalised activations (B, T, C). With a cache the tokens follow what it holds,
@@ -355,20 +362,37 @@ class GPT(nn.Module):
             if any(cache.lengths):
                 S = max(cache.lengths) + T
                 mask = torch.arange(S, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, D)
+            angles = positions.clamp(max=self.config.block_size - 1)  # only padding is ever beyond the window
+            cos, sin = self.cos[angles][:, None], self.sin[angles][:, None]  # (B, 1, T, D)
             cache.lengths = [n + new for n, new in zip(cache.lengths, lengths)]
         x = F.embedding(idx, self.embed).to(self.dtype)  # (B, T, C)
         x = norm(x) if self.config.embed_norm else x
         return norm(self.trunk(x, cos, sin, cache, positions, mask))
 
-    def logits(self, x, weight=None):
+    def logits(self, x):
         """Activations (..., C) to logits (..., vocab_size) in fp32."""
-        weight, cap = self.head_weight if weight is None else weight, self.config.logit_softcap
-        logits = F.linear(x, weight.to(x.dtype))[..., : self.config.vocab_size].float()
+        cap = self.config.logit_softcap
+        logits = F.linear(x, self.head_weight.to(x.dtype))[..., : self.config.vocab_size].float()
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def row_losses(self, x, weight, targets):
-        return F.cross_entropy(self.logits(x, weight), targets, ignore_index=-1, reduction="none")
+    def row_losses(self, x, targets):
+        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
+
+    def loss_and_gradients(self, x, weight, targets):
+        """Sum of the cross-entropies of rows x (N, C), and its gradients with respect to x and weight (rows, C)."""
+        V, cap = self.config.vocab_size, self.config.logit_softcap
+        logits = F.linear(x, weight)[:, :V].float()  # (N, V)
+        slope = 1.0
+        if cap:
+            tanh = logits.div_(cap).tanh_()
+            logits, slope = tanh * cap, tanh.square_().neg_().add_(1)
+        logp = logits.log_softmax(-1)
+        targets, counted = targets[:, None].clamp(min=0), targets[:, None] >= 0  # (N, 1)
+        loss = -(logp.gather(-1, targets) * counted).sum()
+        p, right = logp.exp_(), torch.arange(V, device=x.device) == targets  # (N, V)
+        grad = torch.where(right, p - 1, p).mul_(counted).mul_(slope).to(x.dtype)
+        grad = F.pad(grad, (0, len(weight) - V))
+        return loss, grad @ weight, grad.mT @ x
 
     def forward(self, idx, targets=None, cache=None, lengths=None, reduction="mean"):
         """Logits of tokens idx (B, T), or with targets (B, T) their loss in nats; targets of -1 are passed over.
@@ -383,14 +407,15 @@ class GPT(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1]  # (B, C)
             return self.logits(x)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
-        chunk = max(1, self.logits_at_once // self.config.vocab_size)
         if reduction == "none":
             x, targets = x[targets >= 0], targets[targets >= 0]
-        elif torch.is_grad_enabled():
-            return ChunkedLoss.apply(x, self.head_weight, targets, self.row_losses, chunk) / (targets >= 0).sum()
-        losses = torch.cat(
-            [self.row_losses(a, self.head_weight, t) for a, t in zip(x.split(chunk), targets.split(chunk))]
-        )
+        most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
+        chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
+        if reduction == "mean" and torch.is_grad_enabled():
+            return (
+                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
+            )
+        losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
 
@@ -483,12 +508,14 @@ class Optimizer:
     state: {parameter name: {tensor name: tensor}}, the same for any number of ranks; what a checkpoint keeps.
     """
 
-    def __init__(self, model, matrix_lr, embed_lr, head_lr, momentum, weight_decay, betas, dtype, ns_steps=5):
+    def __init__(self, model, matrix_lr, down_lr, embed_lr, head_lr, momentum, weight_decay, betas, dtype, ns_steps=5):
         named = dict(model.named_parameters())
-        matrices = [name for name in named if name.startswith("blocks.")]
+        down = [name for name in named if name.startswith("blocks.") and name.endswith(".down")]
+        matrices = [name for name in named if name.startswith("blocks.") and name not in down]
         muon = dict(momentum=momentum, weight_decay=weight_decay, dtype=dtype, coefficients=POLAR_EXPRESS[:ns_steps])
         self.groups = [
             dict(step=muon_step, names=matrices, lr=matrix_lr, **muon),
+            dict(step=muon_step, names=down, lr=down_lr, **muon),  # the MLP's second matrix
             dict(step=adamw_step, names=["embed"], lr=embed_lr, betas=betas),
             dict(step=adamw_step, names=["head"], lr=head_lr, betas=betas),
         ]
@@ -649,15 +676,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 class Log:
-    """What a run leaves behind: log.txt (first the script itself and the machine), log.jsonl, and a progress line."""
+    """What a run leaves behind: log.txt (first the script itself and the machine), log.jsonl, and a progress line.
 
-    def __init__(self, out_dir, device):
-        self.live, self.shown, self.next = sys.stderr.isatty(), 0, 0.0
+    mode "a" goes on with the files of a run that was interrupted. Of several ranks only the first says anything.
+    """
+
+    def __init__(self, out_dir, device, mode="w"):
+        self.silent, self.live, self.shown, self.next = int(os.environ.get("RANK", 0)) > 0, sys.stderr.isatty(), 0, 0.0
+        names = "log.txt", "log.jsonl", "stories.jsonl"
+        paths = [os.devnull if self.silent else os.path.join(out_dir, name) for name in names]
         try:
             os.makedirs(out_dir, exist_ok=True)
-            self.txt = open(os.path.join(out_dir, "log.txt"), "w", encoding="utf-8")
-            self.jsonl = open(os.path.join(out_dir, "log.jsonl"), "w", encoding="utf-8")
-            self.stories = open(os.path.join(out_dir, "stories.jsonl"), "w", encoding="utf-8")
+            self.txt, self.jsonl, self.stories = (open(path, mode, encoding="utf-8") for path in paths)
         except OSError as error:
             fail(f"--out_dir {out_dir}: {error.strerror}")
         with open(sys.argv[0], encoding="utf-8") as f:
@@ -669,6 +699,8 @@ class Log:
 
     def line(self, text):
         """A line on the terminal and in log.txt."""
+        if self.silent:
+            return
         if self.shown:
             print("\r" + " " * self.shown + "\r", end="", file=sys.stderr, flush=True)
             self.shown = 0
@@ -684,7 +716,7 @@ class Log:
 
     def progress(self, text, every=5.0):
         """One line on stderr that is written over; plain lines, `every` seconds at most, when that is no terminal."""
-        if time.perf_counter() < self.next:
+        if self.silent or time.perf_counter() < self.next:
             return
         self.next = time.perf_counter() + (0.1 if self.live else every)
         start, end = ("\r", "") if self.live else ("", "\n")
@@ -825,7 +857,7 @@ def main():
     model = get_model(flags, len(chars), dtype).to(device)
     log = Log(flags.out_dir, device)
     log.line(describe(text, chars, encode, decode))
-    rates = flags.matrix_lr, flags.embed_lr, flags.head_lr
+    rates = flags.matrix_lr, flags.matrix_lr, flags.embed_lr, flags.head_lr
     optimizer = Optimizer(model, *rates, flags.momentum, flags.weight_decay, (0.8, 0.95), dtype, flags.ns_steps)
     parameters = sum(p.numel() for p in model.parameters())
     log.line(f"{flags.model}: {parameters:,} parameters, {steps} steps of {B} x {T} characters on {device}")
@@ -841,8 +873,7 @@ def main():
     data = torch.tensor(encode(text), device=device)
     window = torch.arange(T + 1, device=device)
     if flags.compile and flags.model != "bigram":
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
         with torch.random.fork_rng():  # compile before the clock starts, and leave no trace
             model(window.new_zeros(B, T), window.new_zeros(B, T)).backward()
         model.zero_grad()

@@ -43,7 +43,8 @@ def get_flags():
 
 def fail(message, code=2):
     """End with one line on stderr: code 2 for what the user can put right, 1 when the work itself failed."""
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    if code != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # under torchrun all ranks see the same mistake
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 

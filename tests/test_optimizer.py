@@ -73,7 +73,7 @@ def test_adamw_is_that_of_torch():
 @pytest.mark.parametrize("tie_weights", [False, True])
 def test_every_parameter_is_stepped_by_its_own_group(tie_weights):
     model = script.GPT(script.Config(65, 8, 2, 2, 16, tie_weights=tie_weights))
-    optimizer = script.Optimizer(model, 0.02, 0.3, 0.01, 0.95, 0.0, (0.8, 0.95), torch.float32)
+    optimizer = script.Optimizer(model, 0.02, 0.02, 0.3, 0.01, 0.95, 0.0, (0.8, 0.95), torch.float32)
     give_gradients(model.parameters(), 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.set_lr(0.5)
