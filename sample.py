@@ -308,7 +308,7 @@ class GPT(nn.Module):
     Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
     """
 
-    # While the loss is taken: few logits at once, so that they stay in a CPU's cache, but enough rows for fast products.
+    # While the loss is taken: few logits at once, which stay in a CPU's cache, but enough rows for fast products.
     logits_at_once, least_rows = {"cpu": 2**22, "cuda": 2**29, "mps": 2**25}, 512
 
     def __init__(self, config, dtype=torch.float32):

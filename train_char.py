@@ -312,7 +312,7 @@ class GPT(nn.Module):
     Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
     """
 
-    # While the loss is taken: few logits at once, so that they stay in a CPU's cache, but enough rows for fast products.
+    # While the loss is taken: few logits at once, which stay in a CPU's cache, but enough rows for fast products.
     logits_at_once, least_rows = {"cpu": 2**22, "cuda": 2**29, "mps": 2**25}, 512
 
     def __init__(self, config, dtype=torch.float32):
@@ -459,8 +459,9 @@ def orthogonalize_shared(stack, dtype, coefficients):
     share = -(-len(stack) // ranks)
     padded = torch.cat([stack, stack.new_zeros(share * ranks - len(stack), *stack.shape[1:])])
     mine = orthogonalize(padded[rank * share : (rank + 1) * share], dtype, coefficients)
-    dist.all_gather_into_tensor(padded, mine.contiguous())
-    return padded[: len(stack)]
+    shares = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(shares, mine.contiguous())
+    return torch.cat(shares)[: len(stack)]
 
 
 def muon_step(params, states, lr, momentum, weight_decay, dtype=torch.bfloat16, coefficients=POLAR_EXPRESS):
