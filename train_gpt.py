@@ -967,14 +967,14 @@ def read_hellaswag(path):
     return rows
 
 
-def completion_question(tokenizer, row, block_size):
-    """(context, endings): token ids of the text as it stands, each of the four endings after a space.
+def completion_question(encode, row, block_size):
+    """(context, endings, their sizes in tokens): token ids of the text as it stands, each ending after a space.
 
     What is longer than the window loses the beginning of its context.
     """
-    endings = [tokenizer.encode_ordinary(" " + ending)[:block_size] for ending in row["endings"]]
+    endings = [encode(" " + ending)[:block_size] for ending in row["endings"]]
     room = block_size + 1 - max(map(len, endings))  # the last token is predicted, never read
-    return tokenizer.encode_ordinary(row["ctx"])[-room:], endings
+    return encode(row["ctx"])[-room:], endings, list(map(len, endings))
 
 
 @torch.no_grad()
@@ -1008,19 +1008,6 @@ def score(model, questions, tokens_at_once=8192):
             sums = torch.stack([part.sum() for part in found.split(lengths)])
             losses[rows, [j for _, _, j in batch]] += sums
         yield chosen, losses.cpu()
-
-
-def hellaswag(model, questions, labels, rank, ranks):
-    """Accuracies over completion-style questions, by the endings' summed losses and by their means over tokens."""
-    mine, right = range(rank, len(questions), ranks), [0, 0]
-    model.eval()
-    for chosen, losses in score(model, [questions[i] for i in mine]):
-        for i, four in zip(chosen, losses):
-            endings, label = questions[mine[i]][1], labels[mine[i]]
-            right[0] += four.argmin().item() == label
-            right[1] += (four / torch.tensor([len(ending) for ending in endings])).argmin().item() == label
-    model.train()
-    return [n / len(questions) for n in add_up(right, model.embed.device)]
 
 
 # --- end of scorer ---
@@ -1175,6 +1162,19 @@ def validate(model, shards, val_tokens, B, T, rank, ranks):
     return add_up([sum(torch.stack(losses).tolist()) if losses else 0.0], device)[0] / n
 
 
+def hellaswag(model, questions, labels, rank, ranks):
+    """Accuracies over completion-style questions, by the endings' summed losses and by their means over tokens."""
+    mine, right = range(rank, len(questions), ranks), [0, 0]
+    model.eval()
+    for chosen, losses in score(model, [questions[i] for i in mine]):
+        for n, four in zip(chosen, losses):
+            sizes, label = torch.tensor(questions[mine[n]][2]), labels[mine[n]]
+            right[0] += four.argmin().item() == label
+            right[1] += (four / sizes).argmin().item() == label
+    model.train()
+    return [n / len(questions) for n in add_up(right, model.embed.device)]
+
+
 def tell(model, tokenizer, flags):
     """A story from flags.prompt: its text, and how many tokens were written."""
     story = [tokenizer.eot_token] + tokenizer.encode_ordinary(flags.prompt)
@@ -1228,7 +1228,7 @@ def train(flags):
         if ranks > 1:
             dist.barrier()
         tests = read_hellaswag(flags.hellaswag_data)[: flags.hellaswag_questions]
-        questions = [completion_question(tokenizer, row, T) for row in tests]
+        questions = [completion_question(tokenizer.encode_ordinary, row, T) for row in tests]
         labels = [row["label"] for row in tests]
 
     torch.manual_seed(flags.seed)
