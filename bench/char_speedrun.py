@@ -45,9 +45,17 @@ def baseline(path):
     split = int(0.9 * len(data))
     train, val = data[:split], data[split:]
     B, T, V, steps, warmup = 12, 64, len(chars), 2000, 100
-    config = GPT2Config(vocab_size=V, n_positions=T, n_embd=128, n_layer=4, n_head=4, use_cache=False)
+    config = GPT2Config(
+        vocab_size=V,
+        n_positions=T,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
-    config.bos_token_id = config.eos_token_id = None
     model = GPT2LMHeadModel(config)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
