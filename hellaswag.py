@@ -202,16 +202,16 @@ class Config:
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32: Zhang and Sennrich 2019.
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32, returned in `dtype`: Zhang and Sennrich 2019.
 
     What F.rms_norm computes, but its backward is a chain of elementwise operations on a CPU: this saves 7% of a step.
     """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, dtype):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
         scale = torch.rsqrt(mean_square + 1e-6)
-        y = (x * scale).to(x.dtype)
+        y, ctx.dtype = (x * scale).to(dtype), x.dtype
         ctx.save_for_backward(y, scale)
         return y
 
@@ -219,10 +219,11 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
         along = (grad * y).mean(-1, keepdim=True, dtype=torch.float32)  # the part of the gradient that changes the size
-        return (torch.addcmul(grad.float(), y.float(), along, value=-1) * scale).to(y.dtype)
+        return (torch.addcmul(grad.float(), y.float(), along, value=-1) * scale).to(ctx.dtype), None
 
 
-norm = RMSNorm.apply
+def norm(x, dtype=None):
+    return RMSNorm.apply(x, dtype or x.dtype)
 
 
 def rotary_tables(length, head_size):
@@ -299,7 +300,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         H = self.n_head
         qk, v = self.project(norm(x)).view(B, T, 3 * H, C // H).transpose(1, 2).split((2 * H, H), dim=1)
-        q, k = norm(rotate(qk, cos, sin)).to(x.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
+        q, k = norm(rotate(qk, cos, sin), x.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
         if k_cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
             k_cache[rows, :, positions] = k.transpose(1, 2)
@@ -308,8 +309,8 @@ class Block(nn.Module):
                 k, v = k_cache[:, :, : mask.size(-1)], v_cache[:, :, : mask.size(-1)]
         y = self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
         x = x + F.linear(y, self.o.to(x.dtype))
-        h = F.linear(norm(x), self.up.to(x.dtype))  # (B, T, 4 C)
-        return x + F.linear(h * h.relu(), self.down.to(x.dtype))  # ReLU^2
+        h = F.linear(norm(x), self.up.to(x.dtype)).relu()  # (B, T, 4 C)
+        return x + F.linear(h * h, self.down.to(x.dtype))  # ReLU^2
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -725,14 +726,18 @@ def score_plain(model, questions, tokens_at_once):
         rows = [(questions[i][0] + ending, len(ending)) for i in chosen for ending in questions[i][1]]
         T = max(len(row) for row, _ in rows)
         idx = torch.tensor([row + [0] * (T - len(row)) for row, _ in rows], device=model.device)
-        logp = model(input_ids=idx).logits[:, :-1].float().log_softmax(-1)
-        losses = -logp.gather(-1, idx[:, 1:, None])[..., 0]  # (4 n, T - 1)
-        sums = [losses[r, len(row) - n - 1 : len(row) - 1].sum() for r, (row, n) in enumerate(rows)]
+        logits, sums = model(input_ids=idx).logits, []  # (4 n, T, V)
+        for r, (row, n) in enumerate(rows):
+            predicting = logits[r, len(row) - n - 1 : len(row) - 1].float()  # the others are never copied to fp32
+            sums.append(F.cross_entropy(predicting, idx[r, len(row) - n : len(row)], reduction="sum"))
         yield chosen, torch.stack(sums).view(-1, 4).cpu()
 
 
-def load_hf(name, device, dtype):
-    """A causal language model of transformers, its encoder and its window."""
+def load_hf(name, device, dtype, special):
+    """A causal language model of transformers, its encoder and its window.
+
+    special: texts begin with what the tokenizer puts before them, as they do in lm-evaluation-harness.
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -740,10 +745,10 @@ def load_hf(name, device, dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
-        fail(f"--hf {name}: {str(error).strip().splitlines()[0]}")
+    except Exception as error:  # damaged files raise nearly everything
+        fail(f"--hf {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     window = getattr(model.config, "max_position_embeddings", None) or 2**20
-    return model, (lambda text: tokenizer.encode(text, add_special_tokens=False)), window
+    return model, (lambda text: tokenizer.encode(text, add_special_tokens=special)), window
 
 
 def progress(text):
@@ -759,27 +764,42 @@ progress.next = 0.0
 
 def read_details(path):
     """What earlier runs left in the details: {run: {question: row}}; a last line that was cut short is dropped."""
-    found = {}
+    found, start = {}, b'{"run": '  # of every line
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(path, "ab+") as f:
             f.seek(0)
             whole = 0
             for line_number, line in enumerate(f, 1):
-                if line.endswith(b"\n"):
-                    whole += len(line)
-                    try:
-                        row = json.loads(line)
-                        found.setdefault(row["run"], {})[row["question"]] = row
-                    except (ValueError, KeyError, TypeError):
-                        fail(f"--details {path}: line {line_number} is not an answer; name a new file, or remove it")
+                if not line.endswith(b"\n") and line[: len(start)] == start[: len(line)]:
+                    break
+                whole += len(line)
+                try:
+                    row = json.loads(line)
+                    good = all(type(row[key]) is int for key in ("question", "prediction", "prediction_norm", "label"))
+                    found.setdefault(row["run"], {})[row["question"]] = row
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    good = False
+                if not good or row["question"] < 0 or not line.endswith(b"\n"):
+                    fail(f"--details {path}: line {line_number} is not an answer; name a new file, or remove it")
             f.truncate(whole)
     except OSError as error:
         fail(f"--details {path}: {error.strerror}")
     return found
 
 
-def show(name, rows, style):
+def append(path, rows):
+    """Write answers to the details; exits with code 1 when the disk refuses."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    try:
+        with open(path, "ab", buffering=0) as f:
+            while lines:  # a disk that is nearly full takes a part
+                lines = lines[f.write(lines) :]
+    except OSError as error:
+        fail(f"--details {path}: {error.strerror}; the answers before are kept, and the same command goes on", code=1)
+
+
+def show(name, rows):
     """A line of the table: accuracies with their standard errors."""
     cells = []
     for key in ("prediction", "prediction_norm"):
@@ -793,8 +813,8 @@ def answer(flags, path, tests, details, device, dtype, rank, ranks):
     """Every question's row of the details for one model, from the file or computed now; on rank 0, else None."""
     make = completion_question if flags.style == "completion" else harness_question
     if flags.hf:
-        model, encode, window = load_hf(flags.hf, device, dtype)
-        step, identity, scorer = None, None, score_plain
+        model, encode, window = load_hf(flags.hf, device, dtype, flags.style == "harness")
+        step, scorer = None, score_plain
     else:
         checkpoint = load_checkpoint(path)
         if checkpoint["tokenizer"] not in ("gpt2", "bytes"):
@@ -802,17 +822,18 @@ def answer(flags, path, tests, details, device, dtype, rank, ranks):
         model = load_model(path, checkpoint, device, dtype, weights=dtype)
         encode, window = get_tokenizer(checkpoint["tokenizer"]).encode_ordinary, model.config.block_size
         step, scorer = checkpoint.get("train", {}).get("step"), score
-        identity = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    files = sorted(entry.path for entry in os.scandir(path)) if os.path.isdir(path) else [path]
+    identity = [[os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files if os.path.exists(file)]
     run = json.dumps([path, identity, flags.style, str(dtype)[6:], flags.data, os.path.getsize(flags.data)])
-    have = [details.get(run, {})]
+    have = [run, details.get(run, {})]
     if ranks > 1:
-        dist.broadcast_object_list(have, src=0)
-    rows = {i: row for i, row in have[0].items() if i < len(tests)}
+        dist.broadcast_object_list(have, src=0)  # the times of files may differ between machines
+    run, rows = have[0], {i: row for i, row in have[1].items() if i < len(tests)}
     mine = [i for i in range(len(tests)) if i not in rows][rank::ranks]
     questions = [make(encode, tests[i], window) for i in mine]
-    tokens_at_once = flags.tokens_at_once or (65_536 if device.type == "cuda" else 4096)
+    most = 16_384 if flags.hf else 65_536  # there all logits exist at once
+    tokens_at_once = flags.tokens_at_once or (most if device.type == "cuda" else 4096)
     batches, start, before = scorer(model, questions, tokens_at_once), time.perf_counter(), len(rows)
-    log = open(flags.details, "a", encoding="utf-8") if rank == 0 else None
     while True:
         found = []
         for n, four in zip(*next(batches, ((), ()))):
@@ -827,10 +848,8 @@ def answer(flags, path, tests, details, device, dtype, rank, ranks):
             break
         for row in sum(everyone, []):
             rows[row["question"]] = row
-            if rank == 0:
-                log.write(json.dumps(row) + "\n")
         if rank == 0:
-            log.flush()
+            append(flags.details, sum(everyone, []))
             speed = (len(rows) - before) / (time.perf_counter() - start)
             progress(f"{path}: {len(rows):,} of {len(tests):,} questions, {speed:.1f} a second")
     return [rows[i] for i in range(len(tests))]
@@ -846,6 +865,7 @@ def main():
         dist.init_process_group("gloo")  # only answers are passed on, on the CPU
     if not os.path.exists(flags.data) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
+            os.makedirs(os.path.dirname(os.path.abspath(flags.data)), exist_ok=True)
             download(HELLASWAG, flags.data, check_hellaswag)
         except OSError as error:
             fail(f"--data {flags.data}: {error}")
@@ -857,7 +877,7 @@ def main():
     for path in flags.checkpoints or [flags.hf]:
         answers = answer(flags, path, tests, details, device, dtype, rank, ranks)
         if rank == 0:
-            show(path, answers, flags.style)
+            show(path, answers)
     if rank == 0:
         print()
         for name, published in PUBLISHED[flags.style].items():

@@ -288,16 +288,16 @@ class Config:
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32: Zhang and Sennrich 2019.
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32, returned in `dtype`: Zhang and Sennrich 2019.
 
     What F.rms_norm computes, but its backward is a chain of elementwise operations on a CPU: this saves 7% of a step.
     """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, dtype):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
         scale = torch.rsqrt(mean_square + 1e-6)
-        y = (x * scale).to(x.dtype)
+        y, ctx.dtype = (x * scale).to(dtype), x.dtype
         ctx.save_for_backward(y, scale)
         return y
 
@@ -305,10 +305,11 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
         along = (grad * y).mean(-1, keepdim=True, dtype=torch.float32)  # the part of the gradient that changes the size
-        return (torch.addcmul(grad.float(), y.float(), along, value=-1) * scale).to(y.dtype)
+        return (torch.addcmul(grad.float(), y.float(), along, value=-1) * scale).to(ctx.dtype), None
 
 
-norm = RMSNorm.apply
+def norm(x, dtype=None):
+    return RMSNorm.apply(x, dtype or x.dtype)
 
 
 def rotary_tables(length, head_size):
@@ -385,7 +386,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         H = self.n_head
         qk, v = self.project(norm(x)).view(B, T, 3 * H, C // H).transpose(1, 2).split((2 * H, H), dim=1)
-        q, k = norm(rotate(qk, cos, sin)).to(x.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
+        q, k = norm(rotate(qk, cos, sin), x.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
         if k_cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
             k_cache[rows, :, positions] = k.transpose(1, 2)
@@ -394,8 +395,8 @@ class Block(nn.Module):
                 k, v = k_cache[:, :, : mask.size(-1)], v_cache[:, :, : mask.size(-1)]
         y = self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
         x = x + F.linear(y, self.o.to(x.dtype))
-        h = F.linear(norm(x), self.up.to(x.dtype))  # (B, T, 4 C)
-        return x + F.linear(h * h.relu(), self.down.to(x.dtype))  # ReLU^2
+        h = F.linear(norm(x), self.up.to(x.dtype)).relu()  # (B, T, 4 C)
+        return x + F.linear(h * h, self.down.to(x.dtype))  # ReLU^2
 
 
 class ChunkedLoss(torch.autograd.Function):
