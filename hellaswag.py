@@ -655,6 +655,19 @@ def read_hellaswag(path):
     return rows
 
 
+def get_hellaswag(path, hint):
+    """The rows of the file, which the first process of a machine downloads when it is not there."""
+    if not os.path.exists(path) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            download(HELLASWAG, path, check_hellaswag)
+        except OSError as error:
+            fail(f"{path}: {error}; {hint}")
+    if dist.is_initialized():
+        dist.barrier()
+    return read_hellaswag(path)
+
+
 def completion_question(encode, row, block_size):
     """(context, endings, their sizes in tokens): token ids of the text as it stands, each ending after a space.
 
@@ -863,15 +876,7 @@ def main():
     device, dtype = get_device(flags.device, flags.dtype)
     if ranks > 1:
         dist.init_process_group("gloo")  # only answers are passed on, on the CPU
-    if not os.path.exists(flags.data) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            os.makedirs(os.path.dirname(os.path.abspath(flags.data)), exist_ok=True)
-            download(HELLASWAG, flags.data, check_hellaswag)
-        except OSError as error:
-            fail(f"--data {flags.data}: {error}")
-    if ranks > 1:
-        dist.barrier()
-    tests = read_hellaswag(flags.data)[: flags.questions]
+    tests = get_hellaswag(flags.data, "--data names a file that is there")[: flags.questions]
     details = read_details(flags.details) if rank == 0 else {}
     print(f"{flags.style} style{'questions':>{50 - len(flags.style) - 6}}   {'acc':19}acc_norm") if rank == 0 else None
     for path in flags.checkpoints or [flags.hf]:

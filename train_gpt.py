@@ -985,6 +985,19 @@ def read_hellaswag(path):
     return rows
 
 
+def get_hellaswag(path, hint):
+    """The rows of the file, which the first process of a machine downloads when it is not there."""
+    if not os.path.exists(path) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            download(HELLASWAG, path, check_hellaswag)
+        except OSError as error:
+            fail(f"{path}: {error}; {hint}")
+    if dist.is_initialized():
+        dist.barrier()
+    return read_hellaswag(path)
+
+
 def completion_question(encode, row, block_size):
     """(context, endings, their sizes in tokens): token ids of the text as it stands, each ending after a space.
 
@@ -1238,6 +1251,9 @@ def train(flags):
         fail(f"--total_batch_size {total}: not a multiple of {T * ranks} (--block_size, times the processes)")
     rows = total // (T * ranks)  # of this rank, in a step
     B = max(n for n in range(1, min(rows, flags.batch_size) + 1) if rows % n == 0)
+    vocab_size = {"gpt2": 50257, "bytes": 257}[flags.tokenizer]
+    train_shards = Shards(flags.train_files, "--train_files", vocab_size)
+    val_shards = Shards(flags.val_files, "--val_files", vocab_size)
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
@@ -1246,19 +1262,10 @@ def train(flags):
         fail(f"--out_dir {out_dir}: nothing can be written there")
     if checkpoints(out_dir) and not (flags.resume or flags.overwrite):
         fail(f"--out_dir {out_dir}: holds an earlier run; --resume goes on with it, --overwrite removes it")
-    vocab_size = {"gpt2": 50257, "bytes": 257}[flags.tokenizer]
-    train_shards = Shards(flags.train_files, "--train_files", vocab_size)
-    val_shards = Shards(flags.val_files, "--val_files", vocab_size)
     tokenizer = get_tokenizer(flags.tokenizer) if flags.sample_every or flags.hellaswag_every else None
     if flags.hellaswag_every:
-        if not os.path.exists(flags.hellaswag_data) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            try:
-                download(HELLASWAG, flags.hellaswag_data, check_hellaswag)
-            except OSError as error:
-                fail(f"--hellaswag_data: {error}; --hellaswag_every 0 trains without it")
-        if ranks > 1:
-            dist.barrier()
-        tests = read_hellaswag(flags.hellaswag_data)[: flags.hellaswag_questions]
+        tests = get_hellaswag(flags.hellaswag_data, "--hellaswag_every 0 trains without it")
+        tests = tests[: flags.hellaswag_questions]
         questions = [completion_question(tokenizer.encode_ordinary, row, T) for row in tests]
         labels = [row["label"] for row in tests]
 

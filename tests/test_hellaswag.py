@@ -27,7 +27,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import hellaswag as script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 FEW, MANY, WINDOW = 12, 250, 160
 WORDS = "tea the a kettle she boils, then pours. it slowly; naïve Über cups — and walks away".split()
 QUESTION = dict(
@@ -102,7 +101,8 @@ def start(work, *flags, ranks=1, environment={}, **settings):  # noqa: B006
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *torchrun, ROOT / "hellaswag.py", "--device", "cpu", "--dtype", "float32", *flags]
     settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=work) | settings
-    return subprocess.Popen(list(map(str, command)), env={**ENVIRONMENT, **environment}, **settings)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(list(map(str, command)), env=environment, **settings)
 
 
 def score(work, *flags, code=0, **settings):
