@@ -630,6 +630,9 @@ def check_hellaswag(path):
     size = os.path.getsize(path)
     if size != 12_246_618:
         raise ValueError(f"{size:,} bytes instead of 12,246,618")
+    with open(path, "rb") as f:
+        if (rows := sum(1 for _ in f)) != 10_042:
+            raise ValueError(f"{rows:,} lines instead of 10,042")
 
 
 def read_hellaswag(path):
@@ -662,7 +665,7 @@ def get_hellaswag(path, hint):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             download(HELLASWAG, path, check_hellaswag)
         except OSError as error:
-            fail(f"{path}: {error}; {hint}")
+            fail(f"{error}; {hint}")
     if dist.is_initialized():
         dist.barrier()
     return read_hellaswag(path)
