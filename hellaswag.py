@@ -403,7 +403,9 @@ class GPT(nn.Module):
         """Activations (..., C) to logits (..., vocab_size) in fp32."""
         cap = self.config.logit_softcap
         logits = F.linear(x, self.head_weight.to(x.dtype))[..., : self.config.vocab_size].float()
-        return cap * torch.tanh(logits / cap) if cap else logits
+        if cap and torch.is_grad_enabled():
+            return cap * torch.tanh(logits / cap)
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits  # in place
 
     def row_losses(self, x, targets):
         return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
@@ -848,7 +850,7 @@ def answer(flags, path, tests, details, device, dtype, rank, ranks):
     mine = [i for i in range(len(tests)) if i not in rows][rank::ranks]
     questions = [make(encode, tests[i], window) for i in mine]
     most = 16_384 if flags.hf else 65_536  # there all logits exist at once
-    tokens_at_once = flags.tokens_at_once or (most if device.type == "cuda" else 4096)
+    tokens_at_once = flags.tokens_at_once or (most if device.type == "cuda" else 1024)
     batches, start, before = scorer(model, questions, tokens_at_once), time.perf_counter(), len(rows)
     while True:
         found = []

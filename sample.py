@@ -387,7 +387,9 @@ class GPT(nn.Module):
         """Activations (..., C) to logits (..., vocab_size) in fp32."""
         cap = self.config.logit_softcap
         logits = F.linear(x, self.head_weight.to(x.dtype))[..., : self.config.vocab_size].float()
-        return cap * torch.tanh(logits / cap) if cap else logits
+        if cap and torch.is_grad_enabled():
+            return cap * torch.tanh(logits / cap)
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits  # in place
 
     def row_losses(self, x, targets):
         return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
