@@ -106,14 +106,22 @@ def number(kind, low, high=float("inf")):
 def run(main):
     """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
     try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except OSError as error:  # a disk that is full, most often
-        fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
+        try:
+            main()
+        except KeyboardInterrupt:
+            fail("interrupted", code=130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        except OSError as error:  # a disk that is full, most often
+            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 # --- end of command line ---
