@@ -1,10 +1,13 @@
 """
-Write a story from a checkpoint of any of these scripts.
+Write stories from a checkpoint of any of these scripts.
 
-    python sample.py out/char/ckpt.pt
-    python sample.py out/char/ckpt.pt --prompt "The house was empty" --max_new_tokens 1000 --temperature 0.7 --seed 2
+    python sample.py out/gpt/ckpt_004600.pt --prompt "The house was empty" --temperature 0.7 --seed 2
+    python sample.py out/gpt/ckpt_004600.pt --num 400 --max_new_tokens 300 --out stories.jsonl
+    python sample.py out/gpt/ckpt_004600.pt --interactive
+    python sample.py out/gpt/ckpt_004600.pt --narrate story.mp3      (with the key of OpenAI in OPENAI_API_KEY)
 
-The story appears on stdout as it is written.
+One story appears on stdout as it is written; several, each when it is complete. With --out they are added to a file, a
+line a story ({id, prompt, text, tokens, seed, checkpoint, sampling}); the same command goes on with those missing.
 """
 
 # /// script
@@ -16,10 +19,19 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import email.utils
+import functools
+import itertools
+import json
 import os
+import random
+import re
 import sys
+import time
+import urllib.parse
 
 import numpy as np
+import requests
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -31,19 +43,24 @@ def get_flags():
     flags = Flags()
     add = flags.add_argument
     add("checkpoint", help="a .pt file of train_char.py, train_gpt.py or finetune.py")
-    add("--prompt", default="It was a dark and stormy night", help="how the story begins")
-    add("--max_new_tokens", type=number(int, 0), default=500, help="tokens to write")
+    add("--prompt", default="It was a dark and stormy night", help="how the story begins; - is standard input")
+    add("--prompt_file", help="openings of several stories, one a line; - is standard input")
+    add("--num", type=number(int, 1), default=1, help="stories for each opening")
+    add("--out", help="a .jsonl file to add the stories to")
+    add("--interactive", action="store_true", help="keep the model loaded and ask for openings")
+    add("--max_new_tokens", type=number(int, 1), default=500, help="tokens of a story at most")
     add("--temperature", type=number(float, 0), default=0.8, help="0 is greedy")
     add("--top_k", type=number(int, 0), default=0, help="sample from the k likeliest tokens; 0 is no limit")
-    add(
-        "--top_p",
-        type=number(float, 0, 1),
-        default=1.0,
-        help="sample from the likeliest tokens of this total probability",
-    )
+    add("--top_p", type=number(float, 0, 1), default=1.0, help="sample from the likeliest of this total probability")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end a story before this text (may be repeated)")
+    add("--batch_size", type=number(int, 0), default=0, help="stories at once; 0: what the memory allows")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights and activations")
-    add("--seed", type=int, default=1337, help="one seed, one story")
+    add("--seed", type=int, default=1337, help="one seed, one story for each id")
+    add("--narrate", metavar="FILE.mp3", help="have the story read aloud into this file")
+    add("--speech_model", default="gpt-4o-mini-tts", help="narrate: with this model")
+    add("--voice", default="onyx", help="narrate: in this voice")
+    add("--base_url", type=web_address, default="https://api.openai.com/v1", help="narrate: the server to ask")
     return flags.parse_args()
 
 
@@ -215,7 +232,16 @@ class RMSNorm(torch.autograd.Function):
 
 
 def norm(x, dtype=None):
-    return RMSNorm.apply(x, dtype or x.dtype)
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x, dtype or x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6).to(dtype or x.dtype)
+
+
+def linear(x, weight):
+    """x (..., C) by a weight (rows, C) or a stack (n, rows, C), which GPT.pack may have packed, in the dtype of x."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight.flatten(0, -2).to(x.dtype))
 
 
 def rotary_tables(length, head_size):
@@ -253,10 +279,22 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
+        dtype = (
+            torch.float32 if torch.device(device).type == "cpu" else dtype
+        )  # PyTorch's attention of one query: thrice as fast
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * batch_size
+
+    def copy(self, i, other, j):
+        """Let row i hold what row j of the other cache holds."""
+        n = self.lengths[i] = other.lengths[j]
+        self.k[:, i, :, :n], self.v[:, i, :, :n] = other.k[:, j, :, :n], other.v[:, j, :, :n]
+
+    def keep(self, n):
+        """Only the first n rows."""
+        self.k, self.v, self.lengths = self.k[:, :n], self.v[:, :n], self.lengths[:n]
 
     def rows(self, index):
         """A new cache of these rows: a row may be left out, or taken many times."""
@@ -281,7 +319,7 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.zeros(C, 4 * C))
 
     def project(self, x):
-        return F.linear(x, self.qkv.flatten(0, 1).to(x.dtype))  # (B, T, 3 C)
+        return linear(x, self.qkv)  # (B, T, 3 C)
 
     def attend(self, q, k, v, mask):
         if mask is None and q.device.type == "cpu":
@@ -292,7 +330,8 @@ class Block(nn.Module):
         B, T, C = x.shape
         H = self.n_head
         qk, v = self.project(norm(x)).view(B, T, 3 * H, C // H).transpose(1, 2).split((2 * H, H), dim=1)
-        q, k = norm(rotate(qk, cos, sin), x.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
+        v = v if v_cache is None else v.to(v_cache.dtype)
+        q, k = norm(rotate(qk, cos, sin), v.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
         if k_cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
             k_cache[rows, :, positions] = k.transpose(1, 2)
@@ -300,9 +339,9 @@ class Block(nn.Module):
             if mask is not None:  # something was there before: look at all of it
                 k, v = k_cache[:, :, : mask.size(-1)], v_cache[:, :, : mask.size(-1)]
         y = self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
-        x = x + F.linear(y, self.o.to(x.dtype))
-        h = F.linear(norm(x), self.up.to(x.dtype)).relu()  # (B, T, 4 C)
-        return x + F.linear(h * h, self.down.to(x.dtype))  # ReLU^2
+        x = x + linear(y.to(x.dtype), self.o)
+        h = linear(norm(x), self.up).relu()  # (B, T, 4 C)
+        return x + linear(h * h, self.down)  # ReLU^2
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -371,6 +410,27 @@ class GPT(nn.Module):
             block.compile()
         self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
 
+    def pack(self):
+        """Give up training for speed: on a CPU the weights take the layout in which oneDNN reads them fastest, once and
+        for all, where F.linear would find them as they were at every call. One token at a time takes 0.6 of the time.
+        """
+        mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
+        if (
+            self.embed.device.type == "cpu"
+            and mkldnn
+            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        ):
+
+            def packed(weight):
+                weight = weight.detach().flatten(0, -2).to(self.dtype)
+                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+
+            for block in self.blocks:
+                for name, weight in block.named_parameters():
+                    setattr(block, name, packed(weight))
+            self.head = packed(self.head_weight)
+        return self
+
     def hidden(self, idx, cache=None, lengths=None):
         """Tokens (B, T) to the last normalised activations (B, T, C). With a cache the tokens follow what it holds,
         and it grows by `lengths`: how many of each row's tokens are real, the rest being padding on the right."""
@@ -394,7 +454,7 @@ class GPT(nn.Module):
     def logits(self, x):
         """Activations (..., C) to logits (..., vocab_size) in fp32."""
         cap = self.config.logit_softcap
-        logits = F.linear(x, self.head_weight.to(x.dtype))[..., : self.config.vocab_size].float()
+        logits = linear(x, self.head_weight)[..., : self.config.vocab_size].float()
         if cap and torch.is_grad_enabled():
             return cap * torch.tanh(logits / cap)
         return logits.div_(cap).tanh_().mul_(cap) if cap else logits  # in place
@@ -530,69 +590,450 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, indices=None, stop=()):
+def generate(
+    model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, indices=None, stop=(), ended=()
+):
     """Continue prompts (lists of token ids, none empty); yields after each step a list of (row, new token).
 
     The number that decides the token at a position is drawn from (seed, index of the row, position) alone, so that a
-    row's text does not depend on its batch. Rows end at a token in `stop`, which is still yielded. When the context
-    window is full, the last half of it is kept and read again.
+    row's text does not depend on its batch. Rows end at a token in `stop`, which is still yielded, or when the caller
+    puts them into `ended`. A row whose context window is full keeps the last half of it, and reads that again.
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
     keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
-    draws = [np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys]
-    draws = torch.from_numpy((np.stack(draws) >> np.uint64(40)).astype(np.float32) / 2**24).to(
-        device
-    )  # (B, N) in [0, 1)
-    texts, rows, cache = [list(p) for p in prompts], list(range(len(prompts))), None
+    draws = np.stack([np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys])
+    draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # (B, N) in [0, 1)
+    texts, rows = [list(p) for p in prompts], list(range(len(prompts)))
+    space = min(window, max(map(len, texts)) + max_new_tokens)
+    cache = KVCache(model.config, len(rows), space, device, model.dtype)
     for step in range(max_new_tokens):
-        if cache is None:  # prefill: each different text once
-            kept = [tuple(t if len(t) <= window else t[-max(1, window // 2) :]) for t in (texts[r] for r in rows)]
-            unique = list(dict.fromkeys(kept))
-            lengths = [len(t) for t in unique]
-            space = min(window, max(lengths) + max_new_tokens - step)
-            cache = KVCache(model.config, len(unique), space, device, model.dtype)
-            idx = torch.tensor([t + (0,) * (max(lengths) - len(t)) for t in unique], device=device)
-            logits = model(idx, cache=cache, lengths=lengths)
-            if kept != unique:
-                copies = [unique.index(t) for t in kept]
-                cache, logits = cache.rows(copies), logits[copies]
-        else:
-            idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
-            logits = model(idx, cache=cache, lengths=[1] * len(rows))
+        unread = {}  # {text: its rows}: each different text is read once, all but its last token
+        for i, r in enumerate(rows):
+            if step == 0 or cache.lengths[i] == window:
+                text = texts[r] if len(texts[r]) <= window else texts[r][-max(1, window // 2) :]
+                unread.setdefault(tuple(text[:-1]), []).append(i)
+        if unread:
+            lengths = list(map(len, unread))
+            read = KVCache(model.config, len(unread), max(lengths), device, model.dtype)
+            if max(lengths):
+                idx = torch.tensor([text + (0,) * (max(lengths) - len(text)) for text in unread], device=device)
+                model.hidden(idx, read, lengths)
+            for j, copies in enumerate(unread.values()):
+                for i in copies:
+                    cache.copy(i, read, j)
+        idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
+        logits = model(idx, cache=cache)[:, -1]
         tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
         for r, token in zip(rows, tokens):
             texts[r].append(token)
         yield list(zip(rows, tokens))
-        going = [i for i, token in enumerate(tokens) if token not in stop]
-        if not going:
+        for i in reversed(range(len(rows))):
+            if tokens[i] in stop or rows[i] in ended:  # the last row takes its place
+                cache.copy(i, cache, len(rows) - 1)
+                rows[i] = rows[-1]
+                rows.pop()
+        if not rows:
             return
-        if len(going) < len(rows):
-            rows, cache = [rows[i] for i in going], cache.rows(going)
-        if max(cache.lengths) >= window:
-            cache = None
+        cache.keep(len(rows))
 
 
 # --- end of generate ---
 
 
+# --- api: the same in every script (tests/test_copies.py) ---
+
+ADVICE = {  # refusals after which every other request would be refused too
+    **dict.fromkeys((301, 302, 303, 307, 308), "no redirect is followed; is --base_url right?"),
+    401: "is OPENAI_API_KEY right?",
+    402: "the account needs credit",
+    403: "this key may not do that",
+    404: "are --base_url and the model's name right?",
+}
+
+
+class ApiError(Exception):
+    """A request that failed for good. status: the server's, None without an answer; hopeless: every other one would."""
+
+    def __init__(self, message, status=None, hopeless=False):
+        super().__init__(message)
+        self.status, self.hopeless = status, hopeless
+
+
+def web_address(text):
+    """The type of --base_url: an address of http or https to which a path can be added."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", text)
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment or parts.username is not None:
+        raise argparse.ArgumentTypeError("not an address like http://localhost:8000/v1, without ?, # and password")
+    return text.rstrip("/")
+
+
+def api_session(base_url, connections=1):
+    """A requests.Session with so many kept connections that sends the key of OPENAI_API_KEY, if there is one."""
+    key, host = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(base_url).hostname
+    if not key and f".{host}".endswith(".openai.com"):
+        fail(f"{host} wants a key, and the environment variable OPENAI_API_KEY is not set")
+    if not (key.isascii() and key.isprintable()):
+        fail("OPENAI_API_KEY holds characters that no key has")  # requests would show it
+
+    def authorise(request):  # set even without a key: requests would take a password from ~/.netrc
+        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        return request
+
+    session = requests.Session()
+    session.auth, session.trust_env = authorise, host not in ("localhost", "127.0.0.1", "::1")  # no proxy to oneself
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=connections))
+    return session
+
+
+def hide_key(text):
+    """A text without the key, which some servers repeat; a short one is a word like "none" for a server at home."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return text.replace(key, "[key]") if len(key) > 7 else text
+
+
+def complaint(response):
+    """What a refusal says is wrong, in one short line."""
+    text = response.text
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        error = response.json().get("error") or response.json()
+        text = error if isinstance(error, str) else error.get("message") or error.get("detail") or text
+    return "".join(c for c in " ".join(hide_key(str(text)).split()) if c.isprintable())[:300]
+
+
+def asked_wait(response):
+    """Seconds that a refusal asks to wait, or 0: Retry-After's, or for a 429 until the rate limits are whole again."""
+
+    def seconds(text):  # "6m0s", "20ms", "1.5"
+        units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "": 1}
+        return sum(float(n) * units[unit] for n, unit in re.findall(r"(\d+\.?\d*)(ms|[hms]|$)", text))
+
+    headers = response.headers
+    if "retry-after-ms" in headers:
+        return seconds(headers["retry-after-ms"] + "ms")
+    if after := headers.get("retry-after"):
+        with contextlib.suppress(ValueError, OverflowError):
+            date = email.utils.parsedate_tz(after)
+            return max(0, email.utils.mktime_tz(date) - time.time()) if date else seconds(after)
+    resets = [seconds(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in ("requests", "tokens")]
+    return min(60, max(resets)) if response.status_code == 429 else 0  # there is room for one request sooner
+
+
+def post(session, url, body, timeout=60, retries=5, turn=lambda seconds, status: time.sleep(seconds)):
+    """POST body as JSON; the requests.Response of success, or ApiError with one line: what is wrong, and what to do.
+
+    After 408, 409, 429, 5xx, time-outs and lost connections it is sent again, `retries` times at most: when the headers
+    say, or after 0.5, 1, 2, ... seconds, and a random part more. turn(seconds, status) is called before every request
+    to do the waiting, and may raise: 0 and None at first, then the status that was the answer (None: there was none).
+    """
+    host, wait, status = urllib.parse.urlsplit(url).netloc, 0.0, None
+    for attempt in range(retries + 1):
+        turn(wait, status)
+        status, wait = None, min(0.5 * 2**attempt, 30) * random.uniform(1, 1.25)
+        try:
+            response = session.post(url, json=body, timeout=timeout, allow_redirects=False)
+        except requests.RequestException as error:
+            problem = f"{host} cannot be reached, or hangs up ({type(error).__name__})"
+            if isinstance(error, requests.Timeout):
+                problem = f"{host} gives no answer within {timeout:g} s"
+            if isinstance(error, ValueError):  # an address that is none, or a proxy's
+                raise ApiError(problem, hopeless=True) from None
+            continue
+        status = response.status_code
+        if 200 <= status < 300:
+            return response
+        problem = f"{host} answers {status} ({complaint(response)})"
+        if status in ADVICE or "insufficient_quota" in response.text:
+            raise ApiError(f"{problem}; {ADVICE.get(status, ADVICE[402])}", status, hopeless=True)
+        if status < 500 and status not in (408, 409, 429):
+            raise ApiError(problem, status)
+        if (asked := asked_wait(response)) > 600:
+            raise ApiError(f"{problem} and asks to wait {asked:,.0f} s", status, hopeless=True)
+        wait = asked + random.uniform(0, wait) if asked else wait
+    raise ApiError(f"{problem}, {retries + 1} times", status)
+
+
+# --- end of api ---
+
+
+# --- progress: the same in every script (tests/test_copies.py) ---
+
+
+def progress(text):
+    """One line on stderr, written over on a terminal, else every 5 seconds."""
+    now, live = time.perf_counter(), sys.stderr.isatty()
+    if now >= progress.next:
+        progress.next = now + (0.1 if live else 5)
+        print(f"\r{text}\033[K" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
+
+
+progress.next = 0.0
+
+
+# --- end of progress ---
+
+
+@functools.cache
+def say_once(text):
+    print(f"sample.py: {text}", file=sys.stderr)
+
+
+def read_openings(flags):
+    """The texts that stories begin with: one, or those of --prompt_file."""
+
+    def read(path, flag):
+        try:
+            with open(sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as f:
+                return f.read()
+        except OSError as error:
+            fail(f"{flag} {path}: {error.strerror}")
+        except UnicodeDecodeError:
+            fail(f"{flag} {path}: not text in UTF-8")
+
+    if flags.prompt_file is None:
+        return [read("-", "--prompt").rstrip("\n") if flags.prompt == "-" else flags.prompt]
+    openings = [line for line in read(flags.prompt_file, "--prompt_file").split("\n") if line.strip()]
+    return openings or fail(f"--prompt_file {flags.prompt_file}: holds no opening")
+
+
+def to_tokens(tokenizer, opening):
+    """Token ids that a story begins with: it stands behind the end of another."""
+    try:
+        tokens = encode(tokenizer, opening, "--prompt")
+    except UnicodeEncodeError:
+        fail("--prompt: not text in UTF-8")
+    tokens = [tokenizer.eot_token] + tokens if tokenizer.special_tokens_set else tokens
+    return tokens or fail("--prompt: empty, and this checkpoint needs a character to begin with")
+
+
+def tell(model, tokenizer, prompts, indices, flags):
+    """Continue prompts (lists of token ids) together: yields (row, new text, tokens of the whole continuation).
+
+    tokens is None until the row ends. A text comes in whole characters; what may turn out to be the beginning of a
+    --stop text is held back until it is known.
+    """
+    eot = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
+    utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]  # a character may take several tokens
+    held, tokens, ended = [""] * len(prompts), [0] * len(prompts), set()
+    settings = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
+    settings.update(indices=indices, stop=eot, ended=ended)
+    for pairs in generate(model, prompts, flags.max_new_tokens, **settings):
+        for row, token in pairs:
+            last = token in eot
+            if not last:
+                held[row] += utf8[row].decode(tokenizer.decode_single_token_bytes(token))
+                tokens[row] += 1
+                last = tokens[row] == flags.max_new_tokens
+            found = [held[row].index(stop) for stop in flags.stop if stop in held[row]]
+            if found:
+                held[row], last = held[row][: min(found)], True
+                ended.add(row)
+            ready = len(held[row])
+            if not last:
+                begins = [i for i in range(ready) if any(stop.startswith(held[row][i:]) for stop in flags.stop)]
+                ready = begins[0] if begins else ready
+            text, held[row] = held[row][:ready], held[row][ready:]
+            yield row, text, tokens[row] if last else None
+            if last and len(prompts[row]) + tokens[row] > model.config.block_size:
+                say_once(f"a story filled the window of {model.config.block_size} tokens: only the last half was kept")
+
+
+def stream(model, tokenizer, opening, index, flags):
+    """Print a story as it is written, and return it."""
+    story = opening
+    prompt = to_tokens(tokenizer, opening)
+    print(opening, end="", flush=True)
+    for _, text, _ in tell(model, tokenizer, [prompt], [index], flags):
+        story += text
+        print(text, end="", flush=True)
+    print()
+    return story
+
+
+def converse(model, tokenizer, flags):
+    """Ask for openings until there are no more. Ctrl-C ends a story; at the question, it ends all."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  the arrow keys
+    sys.stdin.reconfigure(errors="replace")
+    for index in itertools.count():
+        try:
+            opening = input("opening> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        try:
+            stream(model, tokenizer, opening or flags.prompt, index, flags)
+        except KeyboardInterrupt:
+            print()
+        except SystemExit:  # characters that the model does not know: that was said
+            continue
+
+
+def rows_at_once(model, length):
+    """How many stories of this many tokens half of the free memory holds."""
+    config, device = model.config, model.embed.device
+    if device.type == "cuda":
+        free, itemsize = torch.cuda.mem_get_info()[0], model.dtype.itemsize
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+        itemsize = model.dtype.itemsize
+    else:
+        free, itemsize = 2**33, 4
+        with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as f:
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    row = 2 * config.n_layer * config.n_embd * min(length, config.block_size) * itemsize  # keys and values
+    row += 6 * 4 * config.vocab_size  # logits, and what sampling makes of them
+    return max(1, min(free // 2 // row, 256))
+
+
+def open_stories(path, expected):
+    """Open --out to add to it: (file, ids of the stories that it holds). expected(id): what is known of a story.
+
+    A last line that was cut short is removed; a file that another process writes to, or of another run, is refused.
+    """
+    have = set()
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        fail(f"--out {path}: {error.strerror}")
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        fail(f"--out {path}: another process is writing to it")
+    file.seek(0)
+    whole = 0
+    for line_number, line in enumerate(file.readlines(), 1):
+        if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
+            break
+        whole += len(line)
+        try:
+            row = json.loads(line)
+            known = expected(row["id"])
+            other = [key for key in known if row.get(key) != known[key]]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+            fail(f"--out {path}: line {line_number} is not a story of this script; name a new file")
+        if other:
+            was, here = json.dumps(row.get(other[0])), json.dumps(known[other[0]])
+            fail(f"--out {path}: line {line_number} is of another run ({other[0]} {was}, not {here}); name a new file")
+        have.add(row["id"])
+    file.truncate(whole)
+    return file, have
+
+
+def add_story(file, row):
+    """Add a line to the file, or nothing: exits with code 1 when the disk refuses."""
+    line = (json.dumps(row) + "\n").encode()
+    whole = file.seek(0, os.SEEK_END)
+    try:
+        while line:  # a disk that is nearly full takes a part
+            line = line[file.write(line) :]
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(whole)
+        fail(f"--out {file.name}: {error.strerror}; the stories before are whole, the same command goes on", code=1)
+
+
+def write_stories(model, tokenizer, openings, flags):
+    """Write --num stories for each opening, in batches: to --out, or to stdout."""
+    sampling = {key: getattr(flags, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
+    about = dict(seed=flags.seed, checkpoint=flags.checkpoint, sampling=sampling)
+    total, have, file = flags.num * len(openings), set(), None
+    if flags.out:
+        file, have = open_stories(flags.out, lambda i: dict(prompt=openings[i % len(openings)], **about))
+    todo = [i for i in range(total) if i not in have]
+    prompts = [to_tokens(tokenizer, opening) for opening in openings]
+    B = flags.batch_size or rows_at_once(model, max(map(len, prompts)) + flags.max_new_tokens)
+    done, written, start = total - len(todo), 0, time.perf_counter()
+    for batch in (todo[i : i + B] for i in range(0, len(todo), B)):
+        stories = [openings[i % len(openings)] for i in batch]
+        for row, text, tokens in tell(model, tokenizer, [prompts[i % len(openings)] for i in batch], batch, flags):
+            stories[row] += text
+            written += 1
+            if tokens is not None:
+                done, i = done + 1, batch[row]
+                story = dict(id=i, prompt=openings[i % len(openings)], text=stories[row], tokens=tokens, **about)
+                add_story(file, story) if file else print(stories[row], end="\n\n---\n\n" if done < total else "\n")
+            if file:
+                speed = written / (time.perf_counter() - start)
+                progress(f"{done:,} of {total:,} stories, {speed:,.0f} tokens a second")
+    if file:
+        end = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{end}{flags.out}: {total:,} stories, {len(todo):,} of them new", file=sys.stderr)
+
+
+def pieces(text, most=4000):
+    """A text in pieces of so many characters at most (OpenAI takes 4,096), cut where a sentence ends, or a word."""
+    found, text = [], text.strip()
+    while len(text) > most:
+        head = text[: most + 1]
+        ends = [m.end() for m in re.finditer(r"[.!?…][\"'”’)]*(?=\s)", head)] or [
+            m.start() for m in re.finditer(r"\s", head)
+        ]
+        cut = ends[-1] if ends else most
+        found, text = [*found, text[:cut].rstrip()], text[cut:].lstrip()
+    return [*found, text] if text else found
+
+
+def narrate(session, story, flags):
+    """Have a text read aloud, piece by piece, and join the pieces into one mp3 file (frames follow one another)."""
+    sound = b""
+    for i, piece in enumerate(texts := pieces(story)):
+        progress(f"narrating piece {i + 1} of {len(texts)}")
+        body = dict(model=flags.speech_model, voice=flags.voice, input=piece, response_format="mp3")
+        try:
+            data = post(session, f"{flags.base_url}/audio/speech", body, timeout=300).content
+        except ApiError as error:
+            fail(f"--narrate {flags.narrate}: {error}", code=2 if error.hopeless else 1)
+        if data[:3] == b"ID3":  # a tag, with its size in 4 bytes of 7 bits: in the middle of a file it would click
+            data = data[10 + sum((byte & 127) << 7 * (3 - k) for k, byte in enumerate(data[6:10])) :]
+        if len(data) < 4 or data[0] != 0xFF or data[1] < 0xE0:
+            fail(f"--narrate {flags.narrate}: {flags.base_url} answered with something that is not mp3", code=1)
+        sound += data
+    temporary = f"{flags.narrate}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(sound)
+        os.replace(temporary, flags.narrate)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        fail(f"--narrate {flags.narrate}: {error.strerror}", code=1)
+
+
 def main():
     flags = get_flags()
+    several = flags.out or flags.prompt_file or flags.num > 1
+    if flags.interactive and (several or flags.narrate):
+        fail("--interactive: goes without --out, --num, --prompt_file and --narrate")
+    if flags.narrate and several:
+        fail("--narrate: one story, so without --out, --num and --prompt_file")
+    if "" in flags.stop:
+        fail("--stop: an empty text is everywhere")
+    if flags.narrate and not os.path.isdir(os.path.dirname(os.path.abspath(flags.narrate))):
+        fail(f"--narrate {flags.narrate}: there is no such folder")
+    session = api_session(flags.base_url) if flags.narrate else None
+    openings = [] if flags.interactive else read_openings(flags)
     device, dtype = get_device(flags.device, flags.dtype)
     checkpoint = load_checkpoint(flags.checkpoint)
-    model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype)
+    model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype).pack()
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
-    stop = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
-    prompt = stop + encode(tokenizer, flags.prompt, "--prompt")  # a story begins where another ends
-    if not prompt:
-        fail("--prompt: empty, and this checkpoint needs a character to begin with")
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
-    print(flags.prompt, end="", flush=True)
-    settings = dict(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed)
-    for [(_, token)] in generate(model, [prompt], flags.max_new_tokens, **settings, stop=stop):
-        if token not in stop:
-            print(utf8.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
-    print(utf8.decode(b"", final=True))
+    if flags.interactive:
+        converse(model, tokenizer, flags)
+    elif several:
+        write_stories(model, tokenizer, openings, flags)
+    else:
+        story = stream(model, tokenizer, openings[0], 0, flags)
+        if flags.narrate:
+            narrate(session, story, flags)
 
 
 if __name__ == "__main__":
