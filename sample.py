@@ -56,6 +56,7 @@ def get_flags():
     add("--batch_size", type=number(int, 0), default=0, help="stories at once; 0: what the memory allows")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights and activations")
+    add("--compile", action="store_true", help="write faster after half a minute; on a CPU, one story at a time only")
     add("--seed", type=int, default=1337, help="one seed, one story for each id")
     add("--narrate", metavar="FILE.mp3", help="have the story read aloud into this file")
     add("--speech_model", default="gpt-4o-mini-tts", help="narrate: with this model")
@@ -241,7 +242,11 @@ def linear(x, weight):
     """x (..., C) by a weight (rows, C) or a stack (n, rows, C), which GPT.pack may have packed, in the dtype of x."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight.flatten(0, -2).to(x.dtype))
+    weight = weight.flatten(0, -2).to(x.dtype)
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+        # one row: compiled, a sum reads the weights at the memory's speed, PyTorch's product at half of it
+        return (weight.float() * x.flatten().float()).sum(-1).to(x.dtype).expand(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def rotary_tables(length, head_size):
@@ -317,6 +322,9 @@ class Block(nn.Module):
         self.o = nn.Parameter(torch.zeros(C, C))
         self.up = nn.Parameter(torch.empty(4 * C, C).normal_(std=C**-0.5))
         self.down = nn.Parameter(torch.zeros(C, 4 * C))
+
+    def decode(self, *step):  # what compile_decoding replaces
+        return self.forward(*step)
 
     def project(self, x):
         return linear(x, self.qkv)  # (B, T, 3 C)
@@ -398,8 +406,9 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
                 x = recompute(block, x, cos, sin, use_reentrant=False)
-            elif cache:  # never compiled: each shape would be compiled anew
-                x = block.forward(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
+            elif cache:  # many shapes, each of which would be compiled anew, but for a token a row
+                step = block.decode if x.size(1) == 1 else block.forward
+                x = step(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
             else:
                 x = block(x, cos, sin)
         return x
@@ -409,6 +418,12 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile()
         self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
+
+    def compile_decoding(self):
+        """Compile the step of one token a row: on a CPU for one row at a time, where that is faster than `pack`."""
+        for block in self.blocks:
+            block.decode = torch.compile(block.forward)
+        self.logits = torch.compile(self.logits)
 
     def pack(self):
         """Give up training for speed: on a CPU the weights take the layout in which oneDNN reads them fastest, once and
@@ -840,7 +855,7 @@ def tell(model, tokenizer, prompts, indices, flags):
             text, held[row] = held[row][:ready], held[row][ready:]
             yield row, text, tokens[row] if last else None
             if last and len(prompts[row]) + tokens[row] > model.config.block_size:
-                say_once(f"a story filled the window of {model.config.block_size} tokens: only the last half was kept")
+                say_once(f"the window of {model.config.block_size} tokens was full: stories went on from its last half")
 
 
 def stream(model, tokenizer, opening, index, flags):
@@ -1024,7 +1039,11 @@ def main():
     openings = [] if flags.interactive else read_openings(flags)
     device, dtype = get_device(flags.device, flags.dtype)
     checkpoint = load_checkpoint(flags.checkpoint)
-    model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype).pack()
+    model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype)
+    if flags.compile and not (several and device.type == "cpu"):
+        model.compile_decoding()
+    else:
+        model.pack()
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if flags.interactive:
         converse(model, tokenizer, flags)
