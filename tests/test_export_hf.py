@@ -201,7 +201,7 @@ TEXTS = [
     " ",
     "\n",
     "It was a dark and stormy night.",
-    "don't DON'T we'LL they'd've 'tis ''s I'm'm",
+    "don't DON'T we'LL they'd've 'tis ''s I'm'm , is n't . he 's ! you 've ? do not it 're",
     "  two   three    \n\n\n four \t\t tabs\r\n \x0b\x0c\x85\xa0\u2028\u3000\u180e end   ",
     "def f(x):\n    return {'a': x**2, \"b\": [1_000, 0x1F]}  # ünïcode\n\n\tif x != 3.14: pass",
     "日本語のテキスト, हिन्दी में पाठ, العربية, עברית, ไทย, 한국어, Ελληνικά",
