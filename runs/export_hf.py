@@ -515,7 +515,6 @@ def to_nanochat(model, eot):
         names = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.fc1", "mlp.fc2"
         weights |= {f"model.layers.{i}.{name}": w for name, w in zip(names, (q, k, v, block.o, block.up, block.down))}
     theirs.load_state_dict({f"{name}.weight": w for name, w in weights.items()}, assign=True)
-    theirs.tie_weights()
     return theirs
 
 
@@ -539,8 +538,8 @@ def to_fast_tokenizer(ours, block_size):
 
     <|endoftext|>, where there is one, is put before every text: stories begin after it.
     """
-    settings = dict(model_max_length=block_size, padding_side="left", clean_up_tokenization_spaces=False)
-    settings["model_input_names"] = ["input_ids", "attention_mask"]  # what generate() takes
+    settings = dict(model_max_length=block_size, padding_side="left")
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # what generate takes
     ranks, eot = ours._mergeable_ranks, "<|endoftext|>"
     if ours.name == "chars":
         theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({c.decode(): i for c, i in ranks.items()}))
