@@ -535,17 +535,20 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
+    finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
 
 
 def load_checkpoint(path):
     """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open(path, "rb").close()
     except OSError as error:
-        fail(f"{path}: {error.strerror or error}")
+        fail(f"{path}: {error.strerror}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files raise nearly everything
         unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
         fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")

@@ -537,17 +537,20 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
+    finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
 
 
 def load_checkpoint(path):
     """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open(path, "rb").close()
     except OSError as error:
-        fail(f"{path}: {error.strerror or error}")
+        fail(f"{path}: {error.strerror}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files raise nearly everything
         unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
         fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
@@ -902,7 +905,7 @@ def rows_at_once(model, length):
             free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     row = 2 * config.n_layer * config.n_embd * min(length, config.block_size) * itemsize  # keys and values
     row += 6 * 4 * config.vocab_size  # logits, and what sampling makes of them
-    return max(1, min(free // 2 // row, 256))
+    return max(1, min(free // 2 // row, 64 if device.type == "cpu" else 256))
 
 
 def open_stories(path, expected):

@@ -119,7 +119,8 @@ def main():
         print(f"turn {turn} of 3", file=sys.stderr)
     rates = {key: statistics.median(found[1:]) for key, found in rates.items()}
     contexts = {(side.__name__, context): statistics.median(times[1:]) for (side, context), times in contexts.items()}
-    limit = statistics.median(bandwidth) * 1e9 / (multiplied * dtype.itemsize)
+    bandwidth = statistics.median(bandwidth)
+    limit = bandwidth * 1e9 / (multiplied * dtype.itemsize)
     print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}, {flags.dtype}\n")
     print(f"{'tokens/s':25}one story   16 at once   ms a token: context 10   1,000   times")
     for name, side in (
@@ -134,7 +135,7 @@ def main():
         )
     gains = [rates[side, n] / rates["transformers", n] for side, n in (("ours", 1), ("ours", 16), ("ours_compiled", 1))]
     print(f"\nloaded in {load:.2f} s; first token {first:.3f} s later")
-    print(f"{statistics.median(bandwidth):.1f} GB/s read the weights {limit:.1f} times a second, one story reaches ", end="")
+    print(f"{bandwidth:.1f} GB/s read the weights {limit:.1f} times a second, one story reaches ", end="")
     print(f"{rates['ours', 1] / limit:.0%}, with --compile {rates['ours_compiled', 1] / limit:.0%}")
     print(f"times as fast: one story {gains[0]:.2f}, with --compile {gains[2]:.2f}; 16 at once {gains[1]:.2f}")
     print(f"ratio: {gains[2]:.2f}")
