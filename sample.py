@@ -961,7 +961,8 @@ def write_stories(model, tokenizer, openings, flags):
             if tokens is not None:
                 done, i = done + 1, batch[row]
                 story = dict(id=i, prompt=openings[i % len(openings)], text=stories[row], tokens=tokens, **about)
-                add_story(file, story) if file else print(stories[row], end="\n\n---\n\n" if done < total else "\n")
+                end = "\n\n---\n\n" if done < total else "\n"
+                add_story(file, story) if file else print(stories[row], end=end, flush=True)
             if file:
                 speed = written / (time.perf_counter() - start)
                 progress(f"{done:,} of {total:,} stories, {speed:,.0f} tokens a second")
