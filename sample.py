@@ -804,9 +804,10 @@ def read_openings(flags):
 def to_tokens(tokenizer, opening):
     """Token ids that a story begins with: it stands behind the end of another."""
     try:
-        tokens = encode(tokenizer, opening, "--prompt")
-    except UnicodeEncodeError:
+        opening.encode()
+    except UnicodeEncodeError:  # of the command line
         fail("--prompt: not text in UTF-8")
+    tokens = encode(tokenizer, opening, "--prompt")
     tokens = [tokenizer.eot_token] + tokens if tokenizer.special_tokens_set else tokens
     return tokens or fail("--prompt: empty, and this checkpoint needs a character to begin with")
 
@@ -1023,6 +1024,8 @@ def main():
         fail(f"--narrate {flags.narrate}: there is no such folder")
     session = api_session(flags.base_url) if flags.narrate else None
     openings = [] if flags.interactive else read_openings(flags)
+    if sys.stdout:  # not every output can hold every character
+        sys.stdout.reconfigure(errors="replace")
     device, dtype = get_device(flags.device, flags.dtype)
     checkpoint = load_checkpoint(flags.checkpoint)
     model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype).pack()
