@@ -801,15 +801,17 @@ def read_openings(flags):
     return openings or fail(f"--prompt_file {flags.prompt_file}: holds no opening")
 
 
-def to_tokens(tokenizer, opening):
+def to_tokens(tokenizer, opening, flags):
     """Token ids that a story begins with: it stands behind the end of another."""
+    name = "--prompt" if flags.prompt_file is None else f"--prompt_file {flags.prompt_file}"
+    name = "the opening" if flags.interactive else name
     try:
         opening.encode()
     except UnicodeEncodeError:  # of the command line
-        fail("--prompt: not text in UTF-8")
-    tokens = encode(tokenizer, opening, "--prompt")
+        fail(f"{name}: not text in UTF-8")
+    tokens = encode(tokenizer, opening, name)
     tokens = [tokenizer.eot_token] + tokens if tokenizer.special_tokens_set else tokens
-    return tokens or fail("--prompt: empty, and this checkpoint needs a character to begin with")
+    return tokens or fail(f"{name}: empty, and this checkpoint needs a character to begin with")
 
 
 def tell(model, tokenizer, prompts, indices, flags):
@@ -847,7 +849,7 @@ def tell(model, tokenizer, prompts, indices, flags):
 def stream(model, tokenizer, opening, index, flags):
     """Print a story as it is written, and return it."""
     story = opening
-    prompt = to_tokens(tokenizer, opening)
+    prompt = to_tokens(tokenizer, opening, flags)
     print(opening, end="", flush=True)
     for _, text, _ in tell(model, tokenizer, [prompt], [index], flags):
         story += text
@@ -947,11 +949,11 @@ def write_stories(model, tokenizer, openings, flags):
     """Write --num stories for each opening, in batches: to --out, or to stdout."""
     sampling = {key: getattr(flags, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
     about = dict(seed=flags.seed, checkpoint=flags.checkpoint, sampling=sampling)
+    prompts = [to_tokens(tokenizer, opening, flags) for opening in openings]
     total, have, file = flags.num * len(openings), set(), None
     if flags.out:
         file, have = open_stories(flags.out, lambda i: dict(prompt=openings[i % len(openings)], **about))
     todo = [i for i in range(total) if i not in have]
-    prompts = [to_tokens(tokenizer, opening) for opening in openings]
     B = flags.batch_size or rows_at_once(model, max(map(len, prompts)) + flags.max_new_tokens)
     done, written, start = total - len(todo), 0, time.perf_counter()
     for batch in (todo[i : i + B] for i in range(0, len(todo), B)):
