@@ -912,22 +912,26 @@ def open_stories(path, expected):
         pass
     except OSError:
         fail(f"--out {path}: another process is writing to it")
+    if not os.path.isfile(path):
+        fail(f"--out {path}: not a file that lines can be added to")
     file.seek(0)
     whole = 0
     for line_number, line in enumerate(file.readlines(), 1):
-        if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
-            break
-        whole += len(line)
         try:
             row = json.loads(line)
             known = expected(row["id"])
             other = [key for key in known if row.get(key) != known[key]]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+            if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
+                break
             fail(f"--out {path}: line {line_number} is not a story of this script; name a new file")
         if other:
             was, here = json.dumps(row.get(other[0])), json.dumps(known[other[0]])
             fail(f"--out {path}: line {line_number} is of another run ({other[0]} {was}, not {here}); name a new file")
+        if not line.endswith(b"\n"):
+            break
         have.add(row["id"])
+        whole += len(line)
     file.truncate(whole)
     return file, have
 
