@@ -827,6 +827,7 @@ def tell(model, tokenizer, prompts, indices, flags):
     settings.update(indices=indices, stop=eot, ended=ended)
     for pairs in generate(model, prompts, flags.max_new_tokens, **settings):
         for row, token in pairs:
+            full = len(prompts[row]) + tokens[row] > model.config.block_size  # so this token came after a half of it
             last = token in eot
             if not last:
                 held[row] += utf8[row].decode(tokenizer.decode_single_token_bytes(token))
@@ -842,7 +843,7 @@ def tell(model, tokenizer, prompts, indices, flags):
                 ready = begins[0] if begins else ready
             text, held[row] = held[row][:ready], held[row][ready:]
             yield row, text, tokens[row] if last else None
-            if last and len(prompts[row]) + tokens[row] > model.config.block_size:
+            if last and full:
                 say_once(f"a story filled the window of {model.config.block_size} tokens: only the last half was kept")
 
 
