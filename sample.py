@@ -995,6 +995,8 @@ def pieces(text, most=4000):
 def narrate(session, story, flags):
     """Have a text read aloud, piece by piece, and join the pieces into one mp3 file (frames follow one another)."""
     sound = b""
+    if not story.strip():
+        fail(f"--narrate {flags.narrate}: the story is empty")
     for i, piece in enumerate(texts := pieces(story)):
         progress(f"narrating piece {i + 1} of {len(texts)}")
         body = dict(model=flags.speech_model, voice=flags.voice, input=piece, response_format="mp3")
@@ -1002,8 +1004,9 @@ def narrate(session, story, flags):
             data = post(session, f"{flags.base_url}/audio/speech", body, timeout=300).content
         except ApiError as error:
             fail(f"--narrate {flags.narrate}: {error}", code=2 if error.hopeless else 1)
-        if data[:3] == b"ID3":  # a tag, with its size in 4 bytes of 7 bits: in the middle of a file it would click
-            data = data[10 + sum((byte & 127) << 7 * (3 - k) for k, byte in enumerate(data[6:10])) :]
+        if data[:3] == b"ID3" and len(data) > 10:  # a tag: in the middle of a file it would click
+            size = sum((byte & 127) << 7 * (3 - k) for k, byte in enumerate(data[6:10]))
+            data = data[size + (20 if data[5] & 16 else 10) :]  # a header, and a footer where that bit says so
         if len(data) < 4 or data[0] != 0xFF or data[1] < 0xE0:
             fail(f"--narrate {flags.narrate}: {flags.base_url} answered with something that is not mp3", code=1)
         sound += data
@@ -1027,8 +1030,10 @@ def main():
         fail("--narrate: one story, so without --out, --num and --prompt_file")
     if "" in flags.stop:
         fail("--stop: an empty text is everywhere")
-    if flags.narrate and not os.path.isdir(os.path.dirname(os.path.abspath(flags.narrate))):
-        fail(f"--narrate {flags.narrate}: there is no such folder")
+    if flags.narrate:  # found out before it costs anything
+        folder = os.path.dirname(os.path.abspath(flags.narrate))
+        if os.path.isdir(flags.narrate) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            fail(f"--narrate {flags.narrate}: not a file in a folder that is there and can be written to")
     session = api_session(flags.base_url) if flags.narrate else None
     openings = [] if flags.interactive else read_openings(flags)
     if sys.stdout:  # not every output can hold every character
