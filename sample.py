@@ -788,7 +788,7 @@ def read_openings(flags):
 
     def read(path, flag):
         try:
-            with open(sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as f:
+            with open(0 if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as f:
                 return f.read()
         except OSError as error:
             fail(f"{flag} {path}: {error.strerror}")
@@ -868,7 +868,7 @@ def converse(model, tokenizer, flags):
         try:
             opening = input("opening> " if sys.stdin.isatty() else "")
         except EOFError:
-            return
+            return print(end="\n" if sys.stdin.isatty() else "")
         try:
             stream(model, tokenizer, opening or flags.prompt, index, flags)
         except KeyboardInterrupt:
@@ -1024,8 +1024,10 @@ def narrate(session, story, flags):
 def main():
     flags = get_flags()
     several = flags.out or flags.prompt_file or flags.num > 1
-    if flags.interactive and (several or flags.narrate):
-        fail("--interactive: goes without --out, --num, --prompt_file and --narrate")
+    if flags.interactive and (several or flags.narrate or flags.prompt == "-"):
+        fail("--interactive: goes without --out, --num, --prompt_file, --narrate and --prompt -")
+    if flags.interactive and not sys.stdin:
+        fail("--interactive: standard input is closed")
     if flags.narrate and several:
         fail("--narrate: one story, so without --out, --num and --prompt_file")
     if "" in flags.stop:
