@@ -806,7 +806,7 @@ def read_openings(flags):
 
     def read(path, flag):
         try:
-            with open(sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as f:
+            with open(0 if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as f:
                 return f.read()
         except OSError as error:
             fail(f"{flag} {path}: {error.strerror}")
@@ -819,14 +819,17 @@ def read_openings(flags):
     return openings or fail(f"--prompt_file {flags.prompt_file}: holds no opening")
 
 
-def to_tokens(tokenizer, opening):
+def to_tokens(tokenizer, opening, flags):
     """Token ids that a story begins with: it stands behind the end of another."""
+    name = "--prompt" if flags.prompt_file is None else f"--prompt_file {flags.prompt_file}"
+    name = "the opening" if flags.interactive else name
     try:
-        tokens = encode(tokenizer, opening, "--prompt")
-    except UnicodeEncodeError:
-        fail("--prompt: not text in UTF-8")
+        opening.encode()
+    except UnicodeEncodeError:  # of the command line
+        fail(f"{name}: not text in UTF-8")
+    tokens = encode(tokenizer, opening, name)
     tokens = [tokenizer.eot_token] + tokens if tokenizer.special_tokens_set else tokens
-    return tokens or fail("--prompt: empty, and this checkpoint needs a character to begin with")
+    return tokens or fail(f"{name}: empty, and this checkpoint needs a character to begin with")
 
 
 def tell(model, tokenizer, prompts, indices, flags):
@@ -842,6 +845,7 @@ def tell(model, tokenizer, prompts, indices, flags):
     settings.update(indices=indices, stop=eot, ended=ended)
     for pairs in generate(model, prompts, flags.max_new_tokens, **settings):
         for row, token in pairs:
+            full = len(prompts[row]) + tokens[row] > model.config.block_size  # so this token came after a half of it
             last = token in eot
             if not last:
                 held[row] += utf8[row].decode(tokenizer.decode_single_token_bytes(token))
@@ -857,14 +861,14 @@ def tell(model, tokenizer, prompts, indices, flags):
                 ready = begins[0] if begins else ready
             text, held[row] = held[row][:ready], held[row][ready:]
             yield row, text, tokens[row] if last else None
-            if last and len(prompts[row]) + tokens[row] > model.config.block_size:
+            if last and full:
                 say_once(f"the window of {model.config.block_size} tokens was full: stories went on from its last half")
 
 
 def stream(model, tokenizer, opening, index, flags):
     """Print a story as it is written, and return it."""
     story = opening
-    prompt = to_tokens(tokenizer, opening)
+    prompt = to_tokens(tokenizer, opening, flags)
     print(opening, end="", flush=True)
     for _, text, _ in tell(model, tokenizer, [prompt], [index], flags):
         story += text
@@ -882,7 +886,7 @@ def converse(model, tokenizer, flags):
         try:
             opening = input("opening> " if sys.stdin.isatty() else "")
         except EOFError:
-            return
+            return print(end="\n" if sys.stdin.isatty() else "")
         try:
             stream(model, tokenizer, opening or flags.prompt, index, flags)
         except KeyboardInterrupt:
@@ -927,22 +931,26 @@ def open_stories(path, expected):
         pass
     except OSError:
         fail(f"--out {path}: another process is writing to it")
+    if not os.path.isfile(path):
+        fail(f"--out {path}: not a file that lines can be added to")
     file.seek(0)
     whole = 0
     for line_number, line in enumerate(file.readlines(), 1):
-        if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
-            break
-        whole += len(line)
         try:
             row = json.loads(line)
             known = expected(row["id"])
             other = [key for key in known if row.get(key) != known[key]]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+            if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
+                break
             fail(f"--out {path}: line {line_number} is not a story of this script; name a new file")
         if other:
             was, here = json.dumps(row.get(other[0])), json.dumps(known[other[0]])
             fail(f"--out {path}: line {line_number} is of another run ({other[0]} {was}, not {here}); name a new file")
+        if not line.endswith(b"\n"):
+            break
         have.add(row["id"])
+        whole += len(line)
     file.truncate(whole)
     return file, have
 
@@ -964,11 +972,11 @@ def write_stories(model, tokenizer, openings, flags):
     """Write --num stories for each opening, in batches: to --out, or to stdout."""
     sampling = {key: getattr(flags, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
     about = dict(seed=flags.seed, checkpoint=flags.checkpoint, sampling=sampling)
+    prompts = [to_tokens(tokenizer, opening, flags) for opening in openings]
     total, have, file = flags.num * len(openings), set(), None
     if flags.out:
         file, have = open_stories(flags.out, lambda i: dict(prompt=openings[i % len(openings)], **about))
     todo = [i for i in range(total) if i not in have]
-    prompts = [to_tokens(tokenizer, opening) for opening in openings]
     B = flags.batch_size or rows_at_once(model, max(map(len, prompts)) + flags.max_new_tokens)
     done, written, start = total - len(todo), 0, time.perf_counter()
     for batch in (todo[i : i + B] for i in range(0, len(todo), B)):
@@ -979,7 +987,8 @@ def write_stories(model, tokenizer, openings, flags):
             if tokens is not None:
                 done, i = done + 1, batch[row]
                 story = dict(id=i, prompt=openings[i % len(openings)], text=stories[row], tokens=tokens, **about)
-                add_story(file, story) if file else print(stories[row], end="\n\n---\n\n" if done < total else "\n")
+                end = "\n\n---\n\n" if done < total else "\n"
+                add_story(file, story) if file else print(stories[row], end=end, flush=True)
             if file:
                 speed = written / (time.perf_counter() - start)
                 progress(f"{done:,} of {total:,} stories, {speed:,.0f} tokens a second")
@@ -1004,6 +1013,8 @@ def pieces(text, most=4000):
 def narrate(session, story, flags):
     """Have a text read aloud, piece by piece, and join the pieces into one mp3 file (frames follow one another)."""
     sound = b""
+    if not story.strip():
+        fail(f"--narrate {flags.narrate}: the story is empty")
     for i, piece in enumerate(texts := pieces(story)):
         progress(f"narrating piece {i + 1} of {len(texts)}")
         body = dict(model=flags.speech_model, voice=flags.voice, input=piece, response_format="mp3")
@@ -1011,8 +1022,9 @@ def narrate(session, story, flags):
             data = post(session, f"{flags.base_url}/audio/speech", body, timeout=300).content
         except ApiError as error:
             fail(f"--narrate {flags.narrate}: {error}", code=2 if error.hopeless else 1)
-        if data[:3] == b"ID3":  # a tag, with its size in 4 bytes of 7 bits: in the middle of a file it would click
-            data = data[10 + sum((byte & 127) << 7 * (3 - k) for k, byte in enumerate(data[6:10])) :]
+        if data[:3] == b"ID3" and len(data) > 10:  # a tag: in the middle of a file it would click
+            size = sum((byte & 127) << 7 * (3 - k) for k, byte in enumerate(data[6:10]))
+            data = data[size + (20 if data[5] & 16 else 10) :]  # a header, and a footer where that bit says so
         if len(data) < 4 or data[0] != 0xFF or data[1] < 0xE0:
             fail(f"--narrate {flags.narrate}: {flags.base_url} answered with something that is not mp3", code=1)
         sound += data
@@ -1030,16 +1042,22 @@ def narrate(session, story, flags):
 def main():
     flags = get_flags()
     several = flags.out or flags.prompt_file or flags.num > 1
-    if flags.interactive and (several or flags.narrate):
-        fail("--interactive: goes without --out, --num, --prompt_file and --narrate")
+    if flags.interactive and (several or flags.narrate or flags.prompt == "-"):
+        fail("--interactive: goes without --out, --num, --prompt_file, --narrate and --prompt -")
+    if flags.interactive and not sys.stdin:
+        fail("--interactive: standard input is closed")
     if flags.narrate and several:
         fail("--narrate: one story, so without --out, --num and --prompt_file")
     if "" in flags.stop:
         fail("--stop: an empty text is everywhere")
-    if flags.narrate and not os.path.isdir(os.path.dirname(os.path.abspath(flags.narrate))):
-        fail(f"--narrate {flags.narrate}: there is no such folder")
+    if flags.narrate:  # found out before it costs anything
+        folder = os.path.dirname(os.path.abspath(flags.narrate))
+        if os.path.isdir(flags.narrate) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            fail(f"--narrate {flags.narrate}: not a file in a folder that is there and can be written to")
     session = api_session(flags.base_url) if flags.narrate else None
     openings = [] if flags.interactive else read_openings(flags)
+    if sys.stdout:  # not every output can hold every character
+        sys.stdout.reconfigure(errors="replace")
     device, dtype = get_device(flags.device, flags.dtype)
     checkpoint = load_checkpoint(flags.checkpoint)
     model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype)
