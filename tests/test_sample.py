@@ -258,7 +258,7 @@ def test_padding_of_the_vocabulary_is_never_written(write, work):
 @pytest.mark.parametrize("tokens, notices", [(WINDOW - 6, 0), (WINDOW - 5, 0), (WINDOW - 4, 1), (4 * WINDOW, 1)])
 def test_a_full_window_is_said_once(write, tokens, notices):
     flags = "chars.pt", "--prompt", "house ", "--max_new_tokens", tokens  # the last token is only written
-    notice = f"sample.py: a story filled the window of {WINDOW} tokens: only the last half was kept\n"
+    notice = f"sample.py: the window of {WINDOW} tokens was full: stories went on from its last half\n"
     assert write(*flags)[1] == notices * notice
     assert write(*flags, "--num", 3)[1] == notices * notice
 
