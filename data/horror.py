@@ -273,7 +273,7 @@ def unpack(data, title):
     Raises ValueError with what is wrong when the file is none of theirs, has lost its end, or is another book.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")  # as old files are
     text = text.replace("\r\n", "\n").replace("\r", "\n")
