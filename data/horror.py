@@ -1,15 +1,15 @@
 """
 Download 42 public-domain horror books from Project Gutenberg and turn each into a text of its stories or chapters.
 
-    python data/horror.py                                                       some 20 MB, in about two minutes
-    python data/prepare.py data/horror/*.txt --text data/horror.txt             then: all as one text
-    python data/prepare.py data/horror/*.txt --out data/horror                  or as GPT-2 tokens
+    python data/horror.py                                             one book every two seconds
+    python data/prepare.py data/horror/*.txt --text data/horror.txt   then: all of them as one text
+    python data/prepare.py data/horror/*.txt --out data/horror        or as GPT-2 tokens
 
-They come, one every two seconds, from the mirror that Project Gutenberg keeps for scripts, or from another one in the
-same layout that --mirror or the environment variable GUTENBERG_MIRROR names. In --out: a .txt a book, its documents
-between lines <|endoftext|>, and raw/ with the files as they came. What is there is passed over, so that the same
-command goes on after an interruption, and a deleted .txt is made again without a download.
-The books are in the public domain in the USA; whoever lives elsewhere looks up the law there.
+They come from Project Gutenberg's mirror, since the main site asks programs to keep away, or from another one in the
+same layout that --mirror or the environment variable GUTENBERG_MIRROR names. In --out: a .txt for each book, stories
+between lines <|endoftext|>, and raw/ with the files as they came. What is there is passed over: after an interruption
+the same command goes on, and a .txt that was deleted is made again without a download.
+These books are in the public domain in the USA; elsewhere look up the law before downloading.
 """
 
 # /// script
@@ -282,9 +282,9 @@ def unpack(data, title):
         raise ValueError("not a book of Project Gutenberg's: it has no line *** START OF THE PROJECT GUTENBERG EBOOK")
     header, end = text[: start.start()], END.search(text, start.end())
     words = r"(the |an? )?" + r"\W+".join(re.findall(r"\w+", re.sub(r"^(The|An?) ", "", title)))
-    after = r"(\W*$|[\"”?!]*\s*[;:,.(/—–-]|\s+or\b"  # a subtitle may follow
-    old = rf"Project Gutenberg('s)? E-?(text|book)( of|,)\s*{words}{after}|\s+by\b)"
-    if not re.search(rf"^Title:\s*{words}{after})|{old}", header, re.M | re.I):
+    rest = r"\W*$|[\"”?!]*\s*[;:,.(/—–-]|\s+or\b"  # nothing, or a subtitle
+    old = rf"Project Gutenberg('s)? E-?(text|book)( of|,)\s*{words}({rest}|\s+by\b)"
+    if not re.search(rf"^Title:\s*{words}({rest})|{old}", header, re.M | re.I):
         found = re.search(r"^Title:.*", header, re.M | re.I) or re.search(".*Project Gutenberg.*", header, re.I)
         raise ValueError(f"not {title!r}: its header says {(found[0] if found else header)[:100]!r}")
     if not end:
@@ -299,7 +299,7 @@ def join(lines):
     full = len(indents) == 1 and all(n >= width for n in room)
     paragraph = lines[0]
     for last, line, n in zip(lines, lines[1:], room):
-        if width < 56 or not full and (line[0].isspace() or n < 50):
+        if width < 56 or not full and (line[0].isspace() or n < 50):  # prose is wrapped at 60 columns or more
             paragraph += "\n" + line
         else:
             dash = last.endswith(("-", "—")) or line.lstrip().startswith(("--", "—"))

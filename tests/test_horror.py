@@ -490,7 +490,7 @@ def test_italics_dashes_and_spaces():
 def test_what_is_no_story_is_left_out():
     a, b = wrapped(CHAPTERS[0]), wrapped(CHAPTERS[1] * 4)
     one, two = STORIES[0], "\n\n".join([STORIES[1]] * 4)
-    text = f"Transcribed from the 1901 edition by Somebody\n\n{a}\n\n[Illustration: A stair,\nand a lantern]\n\n{b}"
+    text = f"This etext was produced by Some Volunteers.\n\n{a}\n\n[Illustration: A stair,\nand a lantern]\n\n{b}"
     assert script.stories(text) == [f"{one}\n\n{two}"]
     text = f"THE MOOR\n\n[Transcriber's Note: No copyright\nrenewal was found.]\n\n\n{a}[1]\n\n\n\n[1] Moor.\n\n\n\n{b}"
     assert script.stories(text) == [f"{one}\n\n{two}"]
@@ -507,5 +507,6 @@ def test_a_book_laid_out_in_another_way_stays_whole():
 
 def test_the_list():
     numbers, names = [number for number, _, _ in script.BOOKS], [script.name(*book) for _, *book in script.BOOKS]
+    assert f"Download {len(names)} public-domain" in script.__doc__
     assert len(set(numbers)) == len(set(names)) == len(names) and names == sorted(names)
     assert all(re.fullmatch(r"[a-z0-9_]+\.txt", name) for name in names)
