@@ -146,7 +146,8 @@ def run(main):
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
         sys.stdout.flush()
         os._exit(code)
-    raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
 
 # --- end of command line ---
