@@ -96,8 +96,7 @@ def run(main):
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
         sys.stdout.flush()
         os._exit(code)
-    if code:
-        raise SystemExit(code)
+    raise SystemExit(code)
 
 
 # --- end of command line ---

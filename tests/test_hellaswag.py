@@ -437,7 +437,9 @@ def main(monkeypatch, *flags):
     flags = ["hellaswag.py", "--device", "cpu", "--dtype", "float32", *flags]
     monkeypatch.setattr(sys, "argv", list(map(str, flags)))
     script.progress.next = 0.0
-    script.run(script.main)
+    with pytest.raises(SystemExit) as end:
+        script.run(script.main)
+    assert end.value.code == 0
 
 
 def refused(monkeypatch, capsys, *flags):
