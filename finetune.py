@@ -1424,7 +1424,8 @@ def train(flags):
     warmup_time = time.perf_counter() - start
 
     resumed = resume(model, optimizer, base["tokenizer"], checkpoints(out_dir) if flags.resume else [])
-    step, train_time, best_loss, best_step, waited, since = [0, 0.0, math.inf, 0, 0, []]
+    nothing = [0] * (1 + len(figures))  # steps since the last validation, and sums of their figures
+    step, train_time, best_loss, best_step, waited, since = 0, 0.0, math.inf, 0, 0, nothing
     if resumed:
         check_resumed(flags, resumed, about)
         step, train_time, best_loss, best_step, waited, since = resumed["next"]
@@ -1464,7 +1465,7 @@ def train(flags):
 
     first, first_time, stopping, done = step, train_time, 0, False
     while True:
-        state = [step, train_time, best_loss, best_step, waited, list(since)]
+        state = [step, train_time, best_loss, best_step, waited, since]
         everything = dict(optimizer=optimizer.state, next=state, reference=reference.tolist())
         if step > first and (stopping or due(flags.save_every)):
             save(f"ckpt_{step:06d}.pt", everything)
@@ -1487,7 +1488,7 @@ def train(flags):
                 f"step_avg:{took / max(1, step):.2f}ms" + "".join(f" {name}:{value:.4f}" for name, value in rest)
             )
             log.row(step=step, **shown, train_time_ms=round(took))
-            since = [0] * (1 + len(figures))
+            since = nothing
         if flags.sample_every and due(flags.sample_every) and rank == 0:
             text, tokens = tell(model, tokenizer, flags)
             log.line(f"\n{text}\n")
