@@ -45,13 +45,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 # What pretraining is taken to have used where the checkpoint does not say: train_gpt.py's preset 124M, or, when the
 # head is tied, 1.5B.
 PRETRAINING = dict(matrix_lr=0.02, down_lr=0.02, embed_lr=0.3, head_lr=0.008, weight_decay=0.0, momentum=0.95)
-PRETRAINING.update(beta1=0.8, beta2=0.95, ns_steps=5, batch_size=16, total_batch_size=2**19)
+PRETRAINING.update(beta1=0.8, beta2=0.95, ns_steps=5, batch_size=16)
 TIED = dict(matrix_lr=0.00705, down_lr=0.0141, embed_lr=0.0018)
-# Flags that a resumed run may change: what it learns stays the same.
+# Flags that may change when a run is resumed: it learns the same all the same.
 FREE = (
-    "init data out_dir batch_size val_loss_every sample_every prompt max_new_tokens temperature save_every keep resume"
-)
-FREE = {*FREE.split(), "overwrite", "recompute", "device", "dtype", "compile"}
+    "init data out_dir batch_size val_loss_every sample_every prompt max_new_tokens temperature save_every keep resume "
+    "overwrite recompute device dtype compile"
+).split()
 
 
 def get_flags():
@@ -1142,7 +1142,7 @@ class Passes:
 def hold_out(parts, share, seed):
     """(what to learn from, what to validate on): a share of the parts, one at least, drawn by the seed."""
     order = np.random.default_rng(seed % 2**64).permutation(len(parts)).tolist()
-    n = max(1, round(share * len(parts)))
+    n = min(max(1, round(share * len(parts))), len(parts) - 1)
     return [parts[i] for i in sorted(order[n:])], [parts[i] for i in sorted(order[:n])]
 
 
@@ -1241,27 +1241,22 @@ def story_logps(model, stories):
     idx, targets = torch.from_numpy(idx).to(device), torch.from_numpy(targets).to(device)  # (B, T)
     x, y = model.hidden(idx)[targets >= 0], targets[targets >= 0]  # (N, C), (N,)
     chunk = max(model.least_rows, model.logits_at_once[device.type] // model.config.vocab_size)
-    losses = [  # the logits of a chunk are computed again in the backward pass, instead of being kept
-        recompute(model.row_losses, some, right, use_reentrant=False)
-        for some, right in zip(x.split(chunk), y.split(chunk))
-    ]
-    return -torch.stack([part.sum() for part in torch.cat(losses).split([len(t) - begin for t, begin in stories])])
+    losses = torch.cat(  # the logits of a chunk are not kept, but computed again in the backward pass
+        [recompute(model.row_losses, a, b, use_reentrant=False) for a, b in zip(x.split(chunk), y.split(chunk))]
+    )
+    return -torch.stack([part.sum() for part in losses.split([len(tokens) - begin for tokens, begin in stories])])
 
 
 def preferences(logps, reference, pairs, beta):
-    """Losses and reward margins (n,) of pairs (n, 2) of winner and loser, which are places in `logps` and `reference`.
+    """Of pairs (n, 2) of winner and loser, places in `logps` and `reference`: losses, reward margins, and 1 where the
+    winner's reward is the higher, 0.5 where both are equal (n,).
 
-    Direct preference optimisation, equation 7 of Rafailov et al. 2023: a reward is beta times how much likelier a
-    continuation has become than it was to the first weights.
+    Direct preference optimisation, equation 7 of Rafailov et al. 2023: the reward of a continuation is beta times how
+    much likelier it has become than it was to the first weights.
     """
     rewards = beta * (logps - reference)
     margins = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
-    return -F.logsigmoid(margins), margins
-
-
-def right(margins):
-    """1 where the winner has the higher reward, 0.5 where both are equal, as before the first step."""
-    return (margins.sign() + 1) / 2
+    return -F.logsigmoid(margins), margins, (margins.sign() + 1) / 2
 
 
 @torch.no_grad()
@@ -1299,13 +1294,13 @@ def settle(flags, base, config, size):
         fail("--max_tokens: is for sft, and takes the place of --epochs")
     if sft and flags.epochs is None and flags.max_tokens is None and written_by_a_model(flags.data):
         flags.max_tokens = 50_000
-    if flags.max_tokens is None:
-        flags.epochs = 3.0 if flags.epochs is None else flags.epochs
+    if flags.max_tokens is None and flags.epochs is None:
+        flags.epochs = 3.0
     amount, T = flags.max_tokens or flags.epochs * size, flags.block_size
-    if flags.total_batch_size is None:  # a power of two suits any number of processes
+    if sft and flags.total_batch_size is None:  # a power of two suits most numbers of processes
         most = min(amount / 100, theirs.get("total_batch_size", 2**19))
         flags.total_batch_size = T * 2 ** int(math.log2(max(1, most / T)))
-    if flags.total_batch_size % T:
+    if sft and flags.total_batch_size % T:
         fail(f"--total_batch_size {flags.total_batch_size}: not a multiple of {T} (--block_size)")
     steps = math.ceil(amount / (flags.total_batch_size if sft else flags.pairs))
     if not steps:
@@ -1324,8 +1319,8 @@ def check_resumed(flags, resumed, about):
     if resumed["data"] != about["data"]:
         fail(f"--resume: {path} has learned from something else than what {flags.data} holds now")
     for key, value in vars(flags).items():
-        if key not in FREE and resumed["flags"][key] != value:
-            fail(f"--resume: {path} has --{key} {resumed['flags'][key]}, the flags say {value}")
+        if key not in FREE and resumed["flags"].get(key) != value:
+            fail(f"--resume: {path} has --{key} {resumed['flags'].get(key)}, the flags say {value}")
 
 
 def train(flags):
@@ -1337,8 +1332,8 @@ def train(flags):
     model.recompute = flags.recompute
     for p in model.parameters():
         p.data = p.data.clone()  # in memory, no longer in the file
-    if os.path.realpath(os.path.dirname(flags.init)) == os.path.realpath(out_dir):
-        fail(f"--out_dir {out_dir}: is where {flags.init} is, which stays as it is; give another folder")
+    if os.path.dirname(os.path.realpath(flags.init)) == os.path.realpath(out_dir):
+        fail(f"--out_dir {out_dir}: is where {flags.init} lies, which is never written over; give another folder")
     T = flags.block_size = flags.block_size or model.config.block_size
     if T > model.config.block_size:
         fail(f"--block_size {T}: {flags.init} has a window of {model.config.block_size}")
@@ -1347,70 +1342,70 @@ def train(flags):
         fail("--prompt: empty, and this checkpoint needs a character to begin with")
 
     if sft:
-        stories, parts, left_out, unit = [], read_stories(flags.data, tokenizer), 0, "stories"
+        stories, parts, left_out, unit = [], read_stories(flags.data, tokenizer), 0, "different stories"
     else:
         stories, parts, left_out = read_groups(flags.data, tokenizer, T, flags.against, flags.seed)
         unit = "groups with a winner"
-    if len(parts) < 2:
-        fail(f"--data {flags.data}: {len(parts)} {unit}; it takes two, one to learn from and one to validate on")
-    largest = max(tokens.max() for tokens in (parts if sft else [tokens for tokens, _ in stories]))
+    largest = max((tokens.max() for tokens in (parts if sft else [tokens for tokens, _ in stories])), default=0)
     if largest >= model.config.vocab_size:
         fail(f"--data {flags.data}: token {largest} is outside the vocabulary of {model.config.vocab_size}")
+    if len(parts) < 2:
+        fail(f"--data {flags.data}: fewer than two {unit}; one is learned from and one validated on, at least")
     learned, held = (Passes(some, flags.seed) for some in hold_out(parts, flags.val_share, flags.seed))
     size, held_size = sum(learned.counts), sum(held.counts)  # tokens or pairs
     steps, taken = settle(flags, base, model.config, size)
     weights = (tensor.contiguous().view(torch.uint8).numpy() for tensor in base["model"].values())
     parent = dict(path=flags.init, step=base.get("train", {}).get("step"), sha256=fingerprint(weights))
     about = dict(parent=parent, data=fingerprint([*parts, *(piece for story in stories for piece in story)]))
+    best = os.path.join(out_dir, "best.pt")
     take_folder(flags)
+    if os.path.exists(best) and not (flags.resume or flags.overwrite):
+        fail(f"{best}: is there from an earlier run; --overwrite removes it")
 
     rates = [flags.lr_scale * rate for rate in (flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)]
     settings = flags.momentum, flags.weight_decay, (flags.beta1, flags.beta2), dtype, flags.ns_steps
     optimizer = Optimizer(model, *rates, *settings)
     B, total = flags.batch_size, flags.total_batch_size if sft else flags.pairs
+    names, noun = (["loss"], "tokens") if sft else (["loss", "margin", "accuracy"], "pairs")
     reference = torch.zeros(len(stories), device=device)  # log-probabilities by the first weights
-    figures = ["loss"] if sft else ["loss", "margin", "accuracy"]
 
     def parts_of_sft(step):
-        """Of this rank's rows of the stream, B at a time: their parts of the step's mean loss, and of its figures."""
+        """This rank's rows of a step, B at a time: their part of the step's mean loss."""
         rows = total // T
         first, last = rank * rows // ranks, (rank + 1) * rows // ranks
         for i in range(first, last, B):
             n = min(B, last - i)
-            loss = model(*get_batch(learned, step * total + i * T, n, T, device)) * (n / rows)
-            yield loss, [loss]
+            yield [model(*get_batch(learned, step * total + i * T, n, T, device)) * (n / rows)]
 
     def parts_of_dpo(step):
-        """The same for this rank's pairs, B // 2 at a time."""
+        """This rank's pairs of a step, B // 2 at a time: their parts of the step's mean loss, margin and accuracy."""
         pairs = learned.read(step * total, total).tensor_split(ranks)[rank]  # (n, 2)
         for some in pairs.split(max(1, B // 2)) if len(pairs) else ():
             found, places = some.unique(return_inverse=True)  # a winner of several pairs is run once
             logps = story_logps(model, [stories[i] for i in found])
-            losses, margins = preferences(logps, reference[found.to(device)], places, flags.beta)
-            yield losses.sum() / total, [part.sum() / total for part in (losses, margins, right(margins))]
+            yield [part.sum() / total for part in preferences(logps, reference[found.to(device)], places, flags.beta)]
 
     def train_step(step):
-        """One step; returns this rank's parts of its figures."""
-        found = torch.zeros(len(figures), device=device)
-        for loss, part in (parts_of_sft if sft else parts_of_dpo)(step):
-            loss.backward()
-            found += torch.stack(part).detach()
+        """One step; returns this rank's parts of the means."""
+        means = torch.zeros(len(names), device=device)
+        for part in (parts_of_sft if sft else parts_of_dpo)(step):
+            part[0].backward()
+            means += torch.stack(part).detach()
         for p in model.parameters() if ranks > 1 else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may be fewer rows than ranks
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there can be fewer rows than ranks
             dist.all_reduce(p.grad)
         optimizer.step()
         model.zero_grad()
-        return found.tolist()
+        return means.tolist()
 
     def evaluate():
-        """The figures over all that is held out."""
+        """The means over all that is held out."""
         if sft:
             rows = -(-held_size // (T * ranks))
             return [validate(model, held, held_size, min(B, rows), T, rank, ranks)]
         pairs = held.read(0, held_size)
         logps = score_stories(model, stories, pairs.unique().tolist(), B, rank, ranks)
-        losses, margins = preferences(logps, reference, pairs.to(device), flags.beta)
-        return [part.mean().item() for part in (losses, margins, right(margins))]
+        return [part.mean().item() for part in preferences(logps, reference, pairs.to(device), flags.beta)]
 
     compiled = device.type == "cuda" if flags.compile is None else flags.compile
     start = time.perf_counter()
@@ -1424,35 +1419,37 @@ def train(flags):
     warmup_time = time.perf_counter() - start
 
     resumed = resume(model, optimizer, base["tokenizer"], checkpoints(out_dir) if flags.resume else [])
-    nothing = [0] * (1 + len(figures))  # steps since the last validation, and sums of their figures
-    step, train_time, best_loss, best_step, waited, since = 0, 0.0, math.inf, 0, 0, nothing
     if resumed:
         check_resumed(flags, resumed, about)
-        step, train_time, best_loss, best_step, waited, since = resumed["next"]
-        reference = torch.tensor(resumed["reference"], device=device)
-    elif not sft:
-        for some in (learned, held):
-            chosen = some.read(0, sum(some.counts)).unique().tolist()
-            reference += score_stories(model, stories, chosen, B, rank, ranks)
+    nothing = [0] * (1 + len(names))  # steps since the last validation, and the sums of their means
+    step, train_time, best_loss, waited, since = resumed["next"] if resumed else (0, 0.0, math.inf, 0, nothing)
     if rank == 0:
         clear_folder(out_dir, step if resumed else None)
+        if not resumed and os.path.exists(best):
+            os.remove(best)
     log = Log(out_dir, device, "a" if resumed else "w")
     log.line(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks} x {device.type} in {str(dtype)[6:]}; "
-        f"a step: {f'{total:,} tokens in rows of {T}' if sft else f'{total} pairs'}; warm-up {warmup_time:.1f} s"
+        f"a step: {total:,} {noun}{f' in rows of {T}' if sft else ''}; warm-up {warmup_time:.1f} s"
     )
     log.line(
-        f"{flags.data}: {len(learned.parts):,} {unit} to learn from ({size:,} {'tokens' if sft else 'pairs'}), "
-        f"{len(held.parts):,} held out ({held_size:,})" + (f", {left_out:,} others left out" if left_out else "")
+        f"{len(learned.parts):,} {unit} to learn from ({size:,} {noun}), {len(held.parts):,} held out ({held_size:,})"
+        + (f", {left_out:,} other groups left out" if left_out else "")
     )
     log.line(
         f"{steps} steps, {steps * total / size:.2f} passes; rates of pretraining x {flags.lr_scale:g}: "
-        + " ".join(f"{key} {getattr(flags, key):g}" for key in ("matrix_lr", "down_lr", "embed_lr", "head_lr"))
+        + ", ".join(f"{key} {getattr(flags, key):g}" for key in ("matrix_lr", "down_lr", "embed_lr", "head_lr"))
     )
     if taken:
         log.line(f"{flags.init} does not tell {', '.join(taken)}: taken from train_gpt.py's presets")
     if resumed:
         log.line(f"resumed from {resumed['path']} at step {step}")
+        reference = torch.tensor(resumed["reference"], device=device)
+    elif not sft:
+        log.line("scoring all stories by the first weights")
+        for some in (held, learned):  # in the batches in which what is held out will be scored again
+            chosen = some.read(0, sum(some.counts)).unique().tolist()
+            reference += score_stories(model, stories, chosen, B, rank, ranks)
 
     def save(name, train):
         if rank == 0:
@@ -1465,29 +1462,29 @@ def train(flags):
 
     first, first_time, stopping, done = step, train_time, 0, False
     while True:
-        state = [step, train_time, best_loss, best_step, waited, since]
+        state = [step, train_time, best_loss, waited, since]
         everything = dict(optimizer=optimizer.state, next=state, reference=reference.tolist())
         if step > first and (stopping or due(flags.save_every)):
             save(f"ckpt_{step:06d}.pt", everything)
         if stopping:  # some rank was told to
             end_interrupted(stopped, out_dir)
         if due(flags.val_loss_every):
-            found, took = evaluate(), 1000 * train_time
-            if found[0] < best_loss:
-                best_loss, best_step, waited = found[0], step, 0
-                if flags.patience:
-                    save("best.pt", {})
-            else:
-                waited += 1
+            (val_loss, *rest), took = evaluate(), 1000 * train_time
+            better, best_loss = val_loss < best_loss, min(val_loss, best_loss)
+            waited = 0 if better else waited + 1
             done = 0 < flags.patience <= waited
-            shown = {f"val_{name}": value for name, value in zip(figures, found)}
-            means = {f"train_{name}": value / since[0] for name, value in zip(figures, since[1:])} if since[0] else {}
-            rest = list(shown.items())[1:] + list(means.items())
+            more = {f"val_{name}": value for name, value in zip(names[1:], rest)}
+            means = {f"train_{name}": value / max(1, since[0]) for name, value in zip(names, since[1:])}
+            shown = {**more, **(means if since[0] else {})}
             log.line(
-                f"step:{step}/{steps} val_loss:{found[0]:.4f} train_time:{took:.0f}ms "
-                f"step_avg:{took / max(1, step):.2f}ms" + "".join(f" {name}:{value:.4f}" for name, value in rest)
+                f"step:{step}/{steps} val_loss:{val_loss:.4f} train_time:{took:.0f}ms "
+                f"step_avg:{took / max(1, step):.2f}ms"
+                + "".join(f" {name}:{value:.4f}" for name, value in shown.items())
+                + f" (not below {best_loss:.4f} in {waited} validations: the end)" * done
             )
-            log.row(step=step, **shown, train_time_ms=round(took))
+            log.row(step=step, val_loss=val_loss, **more, train_time_ms=round(took))
+            if better and flags.patience:
+                save("best.pt", {})
             since = nothing
         if flags.sample_every and due(flags.sample_every) and rank == 0:
             text, tokens = tell(model, tokenizer, flags)
@@ -1500,32 +1497,26 @@ def train(flags):
             break
 
         start = time.perf_counter()
-        up, down = (
-            (step + 1) / max(1, flags.warmup_share * steps),
-            (steps - step) / max(1, flags.warmdown_share * steps),
-        )
-        optimizer.set_lr(min(1.0, up, down))
-        *found, stopping = add_up([*train_step(step), len(stopped)], device)
+        warmup, warmdown = max(1, flags.warmup_share * steps), max(1, flags.warmdown_share * steps)
+        optimizer.set_lr(min(1.0, (step + 1) / warmup, (steps - step) / warmdown))
+        *means, stopping = add_up([*train_step(step), len(stopped)], device)
         seconds = time.perf_counter() - start
-        if not math.isfinite(found[0]):
+        if not math.isfinite(means[0]):
             if rank == 0:
-                fail(f"the loss is {found[0]} at step {step + 1}: lower the rates; {last_good(out_dir)}", code=1)
+                fail(f"the loss is {means[0]} at step {step + 1}: lower the rates; {last_good(out_dir)}", code=1)
             raise SystemExit(1)
-        step, train_time, since = step + 1, train_time + seconds, [a + b for a, b in zip(since, [1, *found])]
-        mean, unit = (train_time - first_time) / (step - first), "tokens" if sft else "pairs"
-        log.row(
-            step=step,
-            **{f"train_{name}": value for name, value in zip(figures, found)},
-            **{"train_time_ms": round(1000 * train_time), "lr": optimizer.groups[0]["lr"]},
-            **{f"{unit}_per_s": round(total / seconds, 1)},
-        )
+        step, train_time, since = step + 1, train_time + seconds, [a + b for a, b in zip(since, [1, *means])]
+        average = (train_time - first_time) / (step - first)
+        found = {f"train_{name}": value for name, value in zip(names, means)}
+        rate = {"lr": optimizer.groups[0]["lr"], f"{noun}_per_s": round(total / seconds, 1)}
+        log.row(step=step, **found, train_time_ms=round(1000 * train_time), **rate)
         log.progress(
-            f"step {step}/{steps}  {'  '.join(f'{name} {value:.4f}' for name, value in zip(figures, found))}  "
-            f"{total / mean:,.{0 if sft else 1}f} {unit}/s  {memory(device):.1f} GiB  "
-            f"ETA {datetime.timedelta(seconds=round(mean * (steps - step)))}"
+            f"step {step}/{steps}  {'  '.join(f'{name} {value:.4f}' for name, value in zip(names, means))}  "
+            f"{total / average:,.{0 if sft else 1}f} {noun}/s  {memory(device):.1f} GiB  "
+            f"ETA {datetime.timedelta(seconds=round(average * (steps - step)))}"
         )
     if rank == 0:
-        last = os.path.join(out_dir, "best.pt") if flags.patience else checkpoints(out_dir)[0]
+        last = best if flags.patience else checkpoints(out_dir)[0]
         log.line(f"peak memory {memory(device):.1f} GiB; more stories: python sample.py {last}")
     if ranks > 1:
         dist.destroy_process_group()

@@ -44,8 +44,8 @@ def figures(loss, rewards, gradients):
     found = {"loss": loss, "winners": rewards[0], "losers": rewards[1]}
     for name, gradient in gradients.items():
         pattern = torch.sin(torch.arange(gradient.numel(), dtype=torch.float64) ** 2).view_as(gradient)
-        found[f"{name} size"] = gradient.double().norm().item()
-        found[f"{name} along"] = (gradient.double() * pattern).sum().item()
+        found[f"{name}.size"] = gradient.double().norm().item()
+        found[f"{name}.along"] = (gradient.double() * pattern).sum().item()
     return found
 
 
@@ -63,7 +63,7 @@ def ours():
     with torch.no_grad():
         reference = script.story_logps(first, stories)
     logps = script.story_logps(model, stories)
-    losses, _ = script.preferences(logps, reference, pairs, BETA)
+    losses, _, _ = script.preferences(logps, reference, pairs, BETA)
     losses.mean().backward()
     rewards = BETA * (logps - reference).detach()[pairs].mean(0)
     gradients = {name: p.grad[:V] if name in ("embed", "head") else p.grad for name, p in model.named_parameters()}
