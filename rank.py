@@ -1,0 +1,606 @@
+"""
+Judge stories in groups of four, the scariest of each, over the OpenAI HTTP API, offline, or by yourself.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14", "numpy", "tiktoken", "requests"]
+# ///
+
+import argparse
+import contextlib
+import dataclasses
+import email.utils
+import os
+import random
+import re
+import sys
+import time
+import urllib.parse
+
+import requests
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+
+# --- command line: the same in every script (tests/test_copies.py) ---
+
+
+def fail(message, code=2):
+    """End with one line on stderr: code 2 for what the user can put right, 1 when the work itself failed."""
+    if code != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # under torchrun all ranks see the same mistake
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+class Flags(argparse.ArgumentParser):
+    """Flat flags: --help shows the script's docstring and every default, a mistake gets one line."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
+
+    def __init__(self):
+        super().__init__(description=sys.modules["__main__"].__doc__, formatter_class=self.Help, allow_abbrev=False)
+
+    def error(self, message):
+        fail(message)
+
+
+def number(kind, low, high=float("inf")):
+    """The type of a flag that takes an int or a float from low to high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            bounds = f"of {low} or more" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}")
+        return value
+
+    return parse
+
+
+def run(main):
+    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    try:
+        try:
+            main()
+        except KeyboardInterrupt:
+            fail("interrupted", code=130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        except OSError as error:  # a disk that is full, most often
+            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+# --- end of command line ---
+
+
+# --- device: the same in every script (tests/test_copies.py) ---
+
+
+def get_device(device, dtype):
+    """The torch.device and torch.dtype that --device and --dtype mean here: auto takes the fastest there is.
+
+    bfloat16 is the fastest only where the hardware multiplies in it: elsewhere a CPU is some 100 times slower in it.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: PyTorch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+    if dtype == "auto":
+        if device == "cpu":
+            has = [getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")]
+            fast_bf16 = any(has)
+        else:
+            fast_bf16 = device != "mps" and torch.cuda.get_device_capability() >= (8, 0)
+        dtype = "bfloat16" if fast_bf16 else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+# --- end of device ---
+
+
+# --- tokenizer: the same in every script (tests/test_copies.py) ---
+
+
+def get_tokenizer(spec):
+    """The tiktoken.Encoding that a checkpoint's "tokenizer" means: "gpt2", "bytes" or {"chars": "abc…"}.
+
+    bytes: token i is byte i, 256 is <|endoftext|>. chars: token i is the i-th character, and there is no other token.
+    """
+    if spec == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as error:  # requests' errors are OSErrors too
+            fail(f"cannot fetch the GPT-2 tokenizer ({type(error).__name__}); see TIKTOKEN_CACHE_DIR in README.md")
+    if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
+        fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
+    chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
+    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    ranks = {c: i for i, c in enumerate(chars)}
+    return tiktoken.Encoding(
+        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def encode(tokenizer, text, name):
+    """Token ids of a text; exits when it holds characters that a character tokenizer does not know."""
+    if tokenizer.name == "chars":
+        unknown = sorted(set(text) - set(tokenizer.decode(list(range(tokenizer.n_vocab)))))
+        if unknown:
+            fail(f"{name}: the checkpoint does not know the characters {''.join(unknown)!r}")
+    return tokenizer.encode_ordinary(text)
+
+
+# --- end of tokenizer ---
+
+
+# --- model: the same in every script (tests/test_copies.py) ---
+
+
+@dataclasses.dataclass
+class Config:
+    """The fields of a checkpoint's config: sizes, and three switches that also give the model of the original post."""
+
+    vocab_size: int
+    block_size: int  # context window, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int
+    tie_weights: bool = False  # the head is the embedding
+    embed_norm: bool = True  # RMSNorm right after the embedding
+    logit_softcap: float = 15.0  # logits become cap * tanh(logits / cap); 0 leaves them as they are
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in fp32, returned in `dtype`: Zhang and Sennrich 2019.
+
+    What F.rms_norm computes, but its backward is a chain of elementwise operations on a CPU: this saves 7% of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
+        scale = torch.rsqrt(mean_square + 1e-6)
+        y, ctx.dtype = (x * scale).to(dtype), x.dtype
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True, dtype=torch.float32)  # the part of the gradient that changes the size
+        return (torch.addcmul(grad.float(), y.float(), along, value=-1) * scale).to(ctx.dtype), None
+
+
+def norm(x, dtype=None):
+    return RMSNorm.apply(x, dtype or x.dtype)
+
+
+def rotary_tables(length, head_size):
+    """cos and signed sin of position * 10000^(-2i / head_size), each (length, head_size): RoPE, Su et al. 2021."""
+    frequencies = 1 / 10000 ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((angles.sin(), -angles.sin()), dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_i+D/2) of x (B, H, T, D) by the angle of its position, in fp32."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
+def attend_in_strips(q, k, v, rows=128):
+    """Causal attention of q, k, v (B, H, T, D), some queries at a time over the keys that they may see.
+
+    Plain products: on a CPU a training step takes 15% less time so than with PyTorch's own kernel.
+    """
+    (B, H, T, D), strips = q.shape, []
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    ahead = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+    for i in range(0, T, rows):
+        j = min(i + rows, T)
+        scores = torch.baddbmm(ahead[i:j, :j], q[:, i:j], k[:, :j].mT, alpha=D**-0.5)  # (B H, j - i, j)
+        strips.append(scores.softmax(-1) @ v[:, :j])
+    return torch.cat(strips, 1).view(B, H, T, D)
+
+
+class KVCache:
+    """Keys and values of every layer for a batch of texts, each with its own length.
+
+    k, v: (L, B, H, S, D), S the most tokens a row can hold. lengths: tokens that each row holds, on the host; what
+    stands behind them is never looked at, so right-padded prompts of different lengths can share a batch.
+    """
+
+    def __init__(self, config, batch_size, max_length, device, dtype):
+        shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.lengths = [0] * batch_size
+
+    def rows(self, index):
+        """A new cache of these rows: a row may be left out, or taken many times."""
+        new = object.__new__(KVCache)
+        chosen = torch.tensor(index, device=self.k.device)
+        new.k, new.v = self.k[:, chosen], self.v[:, chosen]
+        new.lengths = [self.lengths[i] for i in index]
+        return new
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). q, k and v are one matrix stack (3, C, C): one product, and
+    Muon sees three matrices."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.qkv = nn.Parameter(torch.empty(3, C, C).normal_(std=C**-0.5))
+        self.o = nn.Parameter(torch.zeros(C, C))
+        self.up = nn.Parameter(torch.empty(4 * C, C).normal_(std=C**-0.5))
+        self.down = nn.Parameter(torch.zeros(C, 4 * C))
+
+    def project(self, x):
+        return F.linear(x, self.qkv.flatten(0, 1).to(x.dtype))  # (B, T, 3 C)
+
+    def attend(self, q, k, v, mask):
+        if mask is None and q.device.type == "cpu":
+            return attend_in_strips(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, D)
+
+    def forward(self, x, cos, sin, k_cache=None, v_cache=None, positions=None, mask=None):
+        B, T, C = x.shape
+        H = self.n_head
+        qk, v = self.project(norm(x)).view(B, T, 3 * H, C // H).transpose(1, 2).split((2 * H, H), dim=1)
+        q, k = norm(rotate(qk, cos, sin), x.dtype).chunk(2, dim=1)  # q, k, v: (B, H, T, D)
+        if k_cache is not None:
+            rows = torch.arange(B, device=x.device)[:, None]
+            k_cache[rows, :, positions] = k.transpose(1, 2)
+            v_cache[rows, :, positions] = v.transpose(1, 2)
+            if mask is not None:  # something was there before: look at all of it
+                k, v = k_cache[:, :, : mask.size(-1)], v_cache[:, :, : mask.size(-1)]
+        y = self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
+        x = x + F.linear(y, self.o.to(x.dtype))
+        h = F.linear(norm(x), self.up.to(x.dtype)).relu()  # (B, T, 4 C)
+        return x + F.linear(h * h, self.down.to(x.dtype))  # ReLU^2
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of many rows, some rows at a time, so that all the logits never exist at once.
+
+    Each chunk's gradients are taken in the forward pass, where its logits are at hand, and only scaled in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, loss_and_gradients, chunk):
+        total, dx, dweight = 0.0, [], torch.zeros_like(weight)
+        w = weight.to(x.dtype)
+        for xi, t in zip(x.split(chunk), targets.split(chunk)):
+            loss, dxi, dw = loss_and_gradients(xi, w, t)
+            total, dweight = total + loss, dweight.add_(dw)
+            dx.append(dxi)
+        ctx.save_for_backward(torch.cat(dx), dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dweight * grad, None, None, None
+
+
+class GPT(nn.Module):
+    """The decoder-only transformer of every script. It computes what NanoChatForCausalLM of transformers computes.
+
+    Weights are kept in fp32; activations take `dtype`. Compile `model.blocks`, each by itself, never the whole model.
+    """
+
+    # While the loss is taken: few logits at once, which stay in a CPU's cache, but enough rows for fast products.
+    logits_at_once, least_rows = {"cpu": 2**22, "cuda": 2**29, "mps": 2**25}, 512
+
+    def __init__(self, config, dtype=torch.float32):
+        super().__init__()
+        C, H = config.n_embd, config.n_head
+        if C % H or C // H % 2:
+            raise ValueError(f"n_embd {C} must be an even multiple of n_head {H}")
+        self.config, self.dtype, self.recompute = config, dtype, False  # recompute: activation checkpointing
+        rows = -(-config.vocab_size // 64) * 64  # padded for the hardware; the padding gets no logits
+        self.embed = nn.Parameter(torch.empty(rows, C).normal_(std=0.02 if config.tie_weights else 1.0))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.head = None if config.tie_weights else nn.Parameter(torch.zeros(rows, C))
+        cos, sin = rotary_tables(config.block_size, C // H)
+        self.register_buffer("cos", cos, persistent=False)  # (block_size, D)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def head_weight(self):
+        return self.embed if self.head is None else self.head  # (rows, C)
+
+    def trunk(self, x, cos, sin, cache, positions, mask):
+        for i, block in enumerate(self.blocks):
+            if self.recompute and self.training:
+                x = recompute(block, x, cos, sin, use_reentrant=False)
+            elif cache:  # never compiled: each shape would be compiled anew
+                x = block.forward(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
+            else:
+                x = block(x, cos, sin)
+        return x
+
+    def compile_blocks(self):
+        """Compile what training spends its time in: each block by itself, and the loss. Sampling stays as it was."""
+        for block in self.blocks:
+            block.compile()
+        self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
+
+    def hidden(self, idx, cache=None, lengths=None):
+        """Tokens (B, T) to the last normalised activations (B, T, C). With a cache the tokens follow what it holds,
+        and it grows by `lengths`: how many of each row's tokens are real, the rest being padding on the right."""
+        B, T = idx.shape
+        positions, mask = None, None
+        if cache is None:
+            cos, sin = self.cos[:T], self.sin[:T]
+        else:
+            start, lengths = torch.tensor(cache.lengths, device=idx.device), lengths or [T] * B
+            positions = start[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            if any(cache.lengths):
+                S = max(cache.lengths) + T
+                mask = torch.arange(S, device=idx.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            angles = positions.clamp(max=self.config.block_size - 1)  # only padding is ever beyond the window
+            cos, sin = self.cos[angles][:, None], self.sin[angles][:, None]  # (B, 1, T, D)
+            cache.lengths = [n + new for n, new in zip(cache.lengths, lengths)]
+        x = F.embedding(idx, self.embed).to(self.dtype)  # (B, T, C)
+        x = norm(x) if self.config.embed_norm else x
+        return norm(self.trunk(x, cos, sin, cache, positions, mask))
+
+    def logits(self, x):
+        """Activations (..., C) to logits (..., vocab_size) in fp32."""
+        cap = self.config.logit_softcap
+        logits = F.linear(x, self.head_weight.to(x.dtype))[..., : self.config.vocab_size].float()
+        if cap and torch.is_grad_enabled():
+            return cap * torch.tanh(logits / cap)
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits  # in place
+
+    def row_losses(self, x, targets):
+        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
+
+    def loss_and_gradients(self, x, weight, targets):
+        """Sum of the cross-entropies of rows x (N, C), and its gradients with respect to x and weight (rows, C)."""
+        V, cap = self.config.vocab_size, self.config.logit_softcap
+        logits = F.linear(x, weight)[:, :V].float()  # (N, V)
+        slope = 1.0
+        if cap:
+            tanh = logits.div_(cap).tanh_()
+            logits, slope = tanh * cap, tanh.square_().neg_().add_(1)
+        logp = logits.log_softmax(-1)
+        targets, counted = targets[:, None].clamp(min=0), targets[:, None] >= 0  # (N, 1)
+        loss = -(logp.gather(-1, targets) * counted).sum()
+        p, right = logp.exp_(), torch.arange(V, device=x.device) == targets  # (N, V)
+        grad = torch.where(right, p - 1, p).mul_(counted).mul_(slope).to(x.dtype)
+        grad = F.pad(grad, (0, len(weight) - V))
+        return loss, grad @ weight, grad.mT @ x
+
+    def forward(self, idx, targets=None, cache=None, lengths=None, reduction="mean"):
+        """Logits of tokens idx (B, T), or with targets (B, T) their loss in nats; targets of -1 are passed over.
+
+        Without targets: (B, T, V), or (B, V) of each row's last real token when `lengths` are given.
+        With targets: the mean, or with reduction="none" the loss of each target that counts, one after another.
+        Positions reach block_size at most; a cache goes on where it stands.
+        """
+        x = self.hidden(idx, cache, lengths)
+        if targets is None:
+            if lengths is not None:
+                x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1]  # (B, C)
+            return self.logits(x)
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+        if reduction == "none":
+            x, targets = x[targets >= 0], targets[targets >= 0]
+        most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
+        chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
+        if reduction == "mean" and torch.is_grad_enabled():
+            return (
+                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
+            )
+        losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
+        return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
+
+
+# --- end of model ---
+
+
+# --- checkpoint: the same in every script (tests/test_copies.py) ---
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of plain values and tensors so that `path` is at every moment either the old file or the new one.
+
+    Exits with code 1 when the disk refuses; the old file then still stands.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
+
+
+def load_checkpoint(path):
+    """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}")
+    except Exception as error:  # damaged files raise nearly everything
+        unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
+        fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        fail(f"{path}: is not a checkpoint of these scripts (no 'format': 1)")
+    for key in ("config", "tokenizer", "model"):
+        if key not in checkpoint:
+            fail(f"{path}: is a checkpoint without '{key}'")
+    return checkpoint
+
+
+def load_model(path, checkpoint, device, dtype, weights=torch.float32):
+    """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
+    config = dict(checkpoint["config"])
+    if "kind" in config:
+        fail(
+            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
+        )
+    try:
+        with torch.device("meta"):  # nothing is initialised only to be replaced
+            model = GPT(Config(**config), dtype)
+        model.load_state_dict(checkpoint["model"], assign=True)
+        model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    for p in model.parameters():
+        p.data = p.data.to(device, weights)
+    model.cos, model.sin = model.cos.to(device), model.sin.to(device)
+    return model.eval()
+
+
+# --- end of checkpoint ---
+
+
+# --- api: the same in every script (tests/test_copies.py) ---
+
+ADVICE = {  # refusals after which every other request would be refused too
+    **dict.fromkeys((301, 302, 303, 307, 308), "no redirect is followed; is --base_url right?"),
+    401: "is OPENAI_API_KEY right?",
+    402: "the account needs credit",
+    403: "this key may not do that",
+    404: "are --base_url and the model's name right?",
+}
+
+
+class ApiError(Exception):
+    """A request that failed for good. status: the server's, None without an answer; hopeless: every other one would."""
+
+    def __init__(self, message, status=None, hopeless=False):
+        super().__init__(message)
+        self.status, self.hopeless = status, hopeless
+
+
+def web_address(text):
+    """The type of --base_url: an address of http or https to which a path can be added."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", text)
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment or parts.username is not None:
+        raise argparse.ArgumentTypeError("not an address like http://localhost:8000/v1, without ?, # and password")
+    return text.rstrip("/")
+
+
+def api_session(base_url, connections=1):
+    """A requests.Session with so many kept connections that sends the key of OPENAI_API_KEY, if there is one."""
+    key, host = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(base_url).hostname
+    if not key and f".{host}".endswith(".openai.com"):
+        fail(f"{host} wants a key, and the environment variable OPENAI_API_KEY is not set")
+    if not (key.isascii() and key.isprintable()):
+        fail("OPENAI_API_KEY holds characters that no key has")  # requests would show it
+
+    def authorise(request):  # set even without a key: requests would take a password from ~/.netrc
+        request.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+        return request
+
+    session = requests.Session()
+    session.auth, session.trust_env = authorise, host not in ("localhost", "127.0.0.1", "::1")  # no proxy to oneself
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=connections))
+    return session
+
+
+def hide_key(text):
+    """A text without the key, which some servers repeat; a short one is a word like "none" for a server at home."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return text.replace(key, "[key]") if len(key) > 7 else text
+
+
+def complaint(response):
+    """What a refusal says is wrong, in one short line."""
+    text = response.text
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        error = response.json().get("error") or response.json()
+        text = error if isinstance(error, str) else error.get("message") or error.get("detail") or text
+    return "".join(c for c in " ".join(hide_key(str(text)).split()) if c.isprintable())[:300]
+
+
+def asked_wait(response):
+    """Seconds that a refusal asks to wait, or 0: Retry-After's, or for a 429 until the rate limits are whole again."""
+
+    def seconds(text):  # "6m0s", "20ms", "1.5"
+        units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001, "": 1}
+        return sum(float(n) * units[unit] for n, unit in re.findall(r"(\d+\.?\d*)(ms|[hms]|$)", text))
+
+    headers = response.headers
+    if "retry-after-ms" in headers:
+        return seconds(headers["retry-after-ms"] + "ms")
+    if after := headers.get("retry-after"):
+        with contextlib.suppress(ValueError, OverflowError):
+            date = email.utils.parsedate_tz(after)
+            return max(0, email.utils.mktime_tz(date) - time.time()) if date else seconds(after)
+    resets = [seconds(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in ("requests", "tokens")]
+    return min(60, max(resets)) if response.status_code == 429 else 0  # there is room for one request sooner
+
+
+def post(session, url, body, timeout=60, retries=5, turn=lambda seconds, status: time.sleep(seconds)):
+    """POST body as JSON; the requests.Response of success, or ApiError with one line: what is wrong, and what to do.
+
+    After 408, 409, 429, 5xx, time-outs and lost connections it is sent again, `retries` times at most: when the headers
+    say, or after 0.5, 1, 2, ... seconds, and a random part more. turn(seconds, status) is called before every request
+    to do the waiting, and may raise: 0 and None at first, then the status that was the answer (None: there was none).
+    """
+    host, wait, status = urllib.parse.urlsplit(url).netloc, 0.0, None
+    for attempt in range(retries + 1):
+        turn(wait, status)
+        status, wait = None, min(0.5 * 2**attempt, 30) * random.uniform(1, 1.25)
+        try:
+            response = session.post(url, json=body, timeout=timeout, allow_redirects=False)
+        except requests.RequestException as error:
+            problem = f"{host} cannot be reached, or hangs up ({type(error).__name__})"
+            if isinstance(error, requests.Timeout):
+                problem = f"{host} gives no answer within {timeout:g} s"
+            if isinstance(error, ValueError):  # an address that is none, or a proxy's
+                raise ApiError(problem, hopeless=True) from None
+            continue
+        status = response.status_code
+        if 200 <= status < 300:
+            return response
+        problem = f"{host} answers {status} ({complaint(response)})"
+        if status in ADVICE or "insufficient_quota" in response.text:
+            raise ApiError(f"{problem}; {ADVICE.get(status, ADVICE[402])}", status, hopeless=True)
+        if status < 500 and status not in (408, 409, 429):
+            raise ApiError(problem, status)
+        if (asked := asked_wait(response)) > 600:
+            raise ApiError(f"{problem} and asks to wait {asked:,.0f} s", status, hopeless=True)
+        wait = asked + random.uniform(0, wait) if asked else wait
+    raise ApiError(f"{problem}, {retries + 1} times", status)
+
+
+# --- end of api ---
