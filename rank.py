@@ -86,7 +86,7 @@ ANSWER = re.compile(
     r"best[\s_-]*answer[\s_\"']*(?:is\s)?(?:"
     r"\s*[:=：]?\s*[\[({<【\"']\s*(?:story\s+)?([a-z])\s*[\])}>】\"']"  # [B], whatever follows
     r"|\s*[:=：]\s*[\[({<【]?\s*(?:story\s+)?([a-z])(?=\s*(?:$|[\])}>】.;:!(—–-]|reasoning)))"  # or B at an end
-    r"(?!\s*(?:[,/&+]|and\b|or\b|-+\s*[a-z]\b))",  # but not: B or C
+    r"(?!\W*(?:and|or)\b|\s*[\])}>】\"']*\s*[,/&+-]+\s*[\[({<【\"']?[a-z]\b)",  # but not: B or C
     re.I | re.M,
 )
 
@@ -1076,7 +1076,7 @@ def load_judges(flags):
     if scary != plain:
         scary, plain = ("characters" if isinstance(spec, dict) else spec for spec in (scary, plain))
         fail(f"{flags.scary} and {flags.plain} have different tokenizers ({scary}, {plain}), so no token to compare")
-    models = [load_model(p, c, device, dtype, dtype) for p, c in zip((flags.scary, flags.plain), checkpoints)]
+    models = [load_model(p, c, device, dtype, dtype).pack() for p, c in zip((flags.scary, flags.plain), checkpoints)]
     return models, get_tokenizer(checkpoints[0]["tokenizer"])
 
 
@@ -1301,15 +1301,17 @@ def main():
     texts = json.dumps([[story["id"], story["prompt"], story["text"]] for story in stories])
     stories = f"{len(stories)} of {hashlib.sha256(texts.encode()).hexdigest()[:12]}"
     settings = {"judge": flags.judge, **settings, "seed": flags.seed, "stories": stories}
-    if flags.dry_run:
-        fresh = flags.overwrite or not os.path.exists(path)
-        return dry_run(flags, groups, {} if fresh else Answers(path, settings).groups)
-    answers = Answers(path, settings, flags.overwrite)
-    try:
-        undecided, ended = judge(flags, groups, answers, *tools)
-    except KeyboardInterrupt:
-        undecided, ended = {}, (130, "interrupted")
-    finish(flags, best, groups, answers, undecided, ended)
+    if flags.dry_run and (flags.overwrite or not os.path.exists(path)):
+        return dry_run(flags, groups, {})
+    answers = Answers(path, settings, flags.overwrite and not flags.dry_run)
+    with answers.file:
+        if flags.dry_run:
+            return dry_run(flags, groups, answers.groups)
+        try:
+            undecided, ended = judge(flags, groups, answers, *tools)
+        except KeyboardInterrupt:
+            undecided, ended = {}, (130, "interrupted")
+        finish(flags, best, groups, answers, undecided, ended)
 
 
 if __name__ == "__main__":
