@@ -77,11 +77,9 @@ are weak. Answer in this form and no other, where X is one of {labels}:
 
 BEST_ANSWER:[X]
 REASONING:[why, in one to three sentences]"""
-ORDERS = {  # the labels as vote after vote shows them: every story takes every place once, and among four it also
-    2: ("AB", "BA"),  # follows every other once (Williams 1949)
-    3: ("ABC", "BCA", "CAB"),
-    4: ("ABCD", "DCBA", "BDAC", "CADB"),
-}
+# The labels as one vote after another shows them: each story takes each place once, and of four it also follows each
+# other once (a square of Williams, 1949). The first two orders of four are each other reversed.
+ORDERS = {2: ("AB", "BA"), 3: ("ABC", "BCA", "CAB"), 4: ("ABCD", "DCBA", "BDAC", "CADB")}
 ANSWER = re.compile(
     r"best[\s_-]*answer[\s_\"']*(?:is\s)?(?:"
     r"\s*[:=：]?\s*[\[({<【\"']\s*(?:story\s+)?([a-z])\s*[\])}>】\"']"  # [B], whatever follows
@@ -1019,13 +1017,12 @@ def judge_openai(flags, groups, answers, session):
     """Ask for every missing vote. Returns {group: why it is undecided}, and when it ended early (exit code, why)."""
     undecided, ended, votes, in_a_row, begun, before = {}, None, 0, 0, time.perf_counter(), answers.cost
     todo = collections.deque((g, v) for g in range(len(groups)) for v in missing(answers.groups[g], flags.votes))
-    planned = set(todo)
+    planned, signals = set(todo), []
 
     def interrupted(number, frame):
-        nonlocal ended
-        if ended:
-            os._exit(128 + number)  # a second time: nothing that came is lost
-        ended, answers.note = (128 + number, "interrupted"), "waiting for what was sent; Ctrl-C again ends at once"
+        if signals:
+            os._exit(128 + number)  # nothing that came is lost
+        signals.append(number)
         answers.stop.set()
 
     handlers = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1057,12 +1054,16 @@ def judge_openai(flags, groups, answers, session):
                 if extra not in planned and missing(answers.groups[g], flags.votes) == [flags.votes]:  # a tie
                     planned.add(extra)
                     todo.appendleft(extra)
-            left, per_vote = len(todo) + len(flying), 1 / max(1, votes)
-            seconds, cost = (time.perf_counter() - begun) * left * per_vote, (answers.cost - before) * left * per_vote
-            ahead = f"{left} left" + (f" ({seconds:.0f} s, ${cost:.2f})" if votes else "")
-            progress(f"{votes} votes, {ahead}; {spent(flags, answers)}  {answers.note if left else ''}")
+            left, share = len(todo) + len(flying), (len(todo) + len(flying)) / max(1, votes)
+            seconds, cost = share * (time.perf_counter() - begun), share * (answers.cost - before)
+            ahead = f"; left: {seconds:,.0f} s, ${cost:.2f}" if votes else ""
+            note = "waiting for what was sent; Ctrl-C again ends at once" if signals else answers.note
+            so_far = f"{votes:,} of {votes + left:,} votes; {sum(answers.tokens):,} tokens, ${answers.cost:.4f}"
+            progress(f"{so_far}{ahead}  {note}")
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if signals:
+        ended = 128 + signals[0], "interrupted"
     return undecided, ended
 
 
@@ -1171,12 +1172,6 @@ def judge_human(flags, groups, answers):
     return undecided, None
 
 
-def spent(flags, answers):
-    """The requests, tokens and money of all runs, in words."""
-    cost = f"at most ${answers.cost:.4f}" if flags.price else "cost unknown"
-    return f"{answers.requests:,} requests, {answers.tokens[0]:,} tokens in, {answers.tokens[1]:,} out, {cost}"
-
-
 def write_lines(path, rows, answers):
     """Replace a .jsonl file whole and at once."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -1224,12 +1219,14 @@ def report(flags, groups, answers):
         cells = ", ".join(f"{place} {places[place] / total:.0%}" for place in "ABCD"[:size])
         print(f"places: {cells} of {total} votes; by chance {1 / size:.0%} each")
         [(place, most)] = places.most_common(1)
-        ways = (
-            (i, math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1))
-            for i in range(most, total + 1)
+        logs = (
+            math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(most, total + 1)
         )
-        p = size * sum(math.exp(w - i * math.log(size) + (total - i) * math.log(1 - 1 / size)) for i, w in ways)
-        if p < 0.01:  # the tail of the binomial distribution, for any of the places
+        p = sum(
+            math.exp(x - i * math.log(size) + (total - i) * math.log(1 - 1 / size)) for i, x in enumerate(logs, most)
+        )
+        p = min(1.0, size * p)  # the tail of the binomial distribution, for any of the places
+        if p < 0.01:
             print(f"WARNING: {place} won {most} of {total} times. A judge without a favourite place does so with a")
             print(f"probability of {p:.1g}: this one goes by the place, and its choices mean as much less.")
 
@@ -1251,7 +1248,10 @@ def finish(flags, best, groups, answers, undecided, ended):
     for why in dict.fromkeys(undecided.values()):
         print(f"undecided, {why}: groups {', '.join(str(g) for g in undecided if undecided[g] == why)}")
     if flags.judge == "openai":
-        print(f"in all: {spent(flags, answers)}")
+        cost = f"at most ${answers.cost:.4f}" if flags.price else "cost unknown"
+        print(
+            f"in all: {answers.requests:,} requests, {answers.tokens[0]:,} tokens in, {answers.tokens[1]:,} out, {cost}"
+        )
     if ended:
         fail(f"{ended[1]}; {len(left):,} groups are left, and the same command goes on", code=ended[0])
 
@@ -1278,9 +1278,12 @@ def main():
     flags.votes = flags.votes if flags.judge == "openai" else 1
     stem, extension = os.path.splitext(os.path.basename(flags.out))
     stem = stem.replace("ranked", "best") if "ranked" in stem else f"{stem}_best"
-    best, path = flags.best or os.path.join(os.path.dirname(flags.out), stem + extension), f"{flags.out}.answers"
+    path = f"{flags.out}.answers"
+    best = flags.best or os.path.join(os.path.dirname(flags.out), stem + extension)
     if len(set(map(os.path.realpath, (flags.stories, flags.out, best, path)))) < 4:
         fail("--out and --best must be files of their own, not each other or the stories")
+    if not os.path.isdir(os.path.dirname(best) or ".") and flags.best:
+        fail(f"--best {best}: there is no such folder")
     for file in (flags.out, best):
         if os.path.exists(file) and not os.path.exists(path) and not flags.overwrite:
             fail(f"{file}: is there, but not {path}; name another --out, or --overwrite it")

@@ -538,6 +538,16 @@ def test_the_server_says_how_long_to_wait(judge, headers, seconds, monkeypatch):
     assert judge.asked[1]["time"] - judge.asked[0]["time"] >= seconds
 
 
+def test_a_429_holds_everyone(rank, judge):
+    write_stories(pathlib.Path("stories.jsonl"), 400)
+    judge.latency = 0.005
+    judge.faults.extend([None] * 20 + [lambda h: h.send(429, {}, Retry_After="1.5")])
+    assert rank("--votes", 1)[0] == 0 and len(judge.asked) == 101
+    refused = judge.asked[20]["time"]
+    early = [asked for asked in judge.asked[21:] if asked["time"] < refused + 1.5]
+    assert len(early) <= 14, "what was under way, and no more"
+
+
 def test_dates_and_long_waits(judge, monkeypatch):
     waits = []
     date = email.utils.formatdate(time.time() + 100, usegmt=True)
@@ -753,8 +763,9 @@ import json, os, resource, sys
 sys.path.insert(0, sys.argv[1])
 import rank
 for line in iter(sys.stdin.readline, ""):
-    flags, most = json.loads(line)
+    folder, flags, most = json.loads(line)
     if not (pid := os.fork()):
+        os.chdir(folder)
         os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
         os.dup2(2, 1)
         sys.argv = ["rank.py", *flags]
@@ -766,19 +777,28 @@ for line in iter(sys.stdin.readline, ""):
 """
 
 
-@pytest.fixture
-def fork(judge):
-    """Starts rank.py as a process of its own: its pid, and a call that waits for its exit code."""
-    command = [sys.executable, "-c", ZYGOTE, ROOT]  # it has imported everything already
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def start(*flags, most=0):
-            flags = ["stories.jsonl", "--base_url", judge.url, *map(str, flags)]
-            print(json.dumps([flags, most]), file=process.stdin, flush=True)
-            return int(process.stdout.readline()), lambda: int(process.stdout.readline())
-
-        yield start
+@pytest.fixture(scope="module")
+def zygote():
+    """A process that has imported rank.py already, and runs it in forks of itself."""
+    command = [sys.executable, "-c", ZYGOTE, ROOT]
+    environment = {**os.environ, "OPENAI_API_KEY": KEY}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
         process.stdin.close()
+
+
+@pytest.fixture
+def fork(zygote, judge, folder):
+    """Starts rank.py as a process of its own: its pid, and a call that waits for its exit code."""
+
+    def start(*flags, most=0):
+        flags = ["stories.jsonl", "--base_url", judge.url, *map(str, flags)]
+        print(json.dumps([str(folder), flags, most]), file=zygote.stdin, flush=True)
+        return int(zygote.stdout.readline()), lambda: int(zygote.stdout.readline())
+
+    return start
 
 
 def until(condition):
