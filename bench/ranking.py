@@ -5,9 +5,9 @@ How long does rank.py take to ask for everything? Beside asking for one thing af
 
 A server on this machine answers every chat completion after 200 ms. 400 stories make 100 groups, and two votes each
 make 200 requests. A plain loop of requests.post sends them one after another, then rank.py does with --concurrency 1, 8
-and 32, in this process: start-up is not counted. Checked: each way takes two answers a group, and chooses the story that
-the server prefers. The last line is `ratio: X`: the seconds of the faster of the two ways that send one request at a
-time, over those of --concurrency 8. The first request goes alone, so 7.7 is the most there can be.
+and 32, in this process: start-up is not counted. Checked: each way takes two answers a group, and chooses the stories
+that the server prefers. The last line is `ratio: X`: the seconds of the faster of the two ways that send one request at
+a time, over those of --concurrency 8. The first request goes alone, so 7.7 is the most there can be.
 """
 
 import argparse
