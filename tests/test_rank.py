@@ -4,6 +4,7 @@ offline against transformers, and in a terminal."""
 import collections
 import contextlib
 import email.utils
+import fcntl
 import fractions
 import http.server
 import importlib.util
@@ -19,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -584,18 +586,23 @@ def test_redirects_are_not_followed(rank, judge):
     other.shutdown()
 
 
-def test_only_the_key_is_sent_and_no_proxy_comes_between(rank, judge, folder, monkeypatch):
+def test_no_proxy_comes_between_this_machine_and_itself(rank, judge, monkeypatch):
     write_stories(pathlib.Path("stories.jsonl"), 4)
-    netrc = folder / "netrc"
-    netrc.write_text("machine 127.0.0.1 login me password secret\n")
-    monkeypatch.setenv("NETRC", str(netrc))
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    assert rank()[0] == 0
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank()[0] == 0 and len(judge.asked) == 2
+
+
+def test_the_key_is_all_that_is_sent(rank, judge, folder, monkeypatch):
+    write_stories(pathlib.Path("stories.jsonl"), 4)
+    (folder / "netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("NETRC", str(folder / "netrc"))
+    elsewhere = judge.url.replace("127.0.0.1", "0.0.0.0")  # the same, but nobody knows
+    assert rank("--base_url", elsewhere)[0] == 0
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert rank("--out", "without.jsonl")[0] == 0
+    assert rank("--base_url", elsewhere, "--out", "without.jsonl")[0] == 0
     sent = [asked["headers"]["Authorization"] for asked in judge.asked]
     assert sent == [f"Bearer {KEY}"] * 2 + [None] * 2
 
@@ -802,7 +809,7 @@ def fork(zygote, judge, folder):
 
 
 def until(condition):
-    for _ in range(10_000):
+    for _ in range(100_000):
         if condition():
             return
         time.sleep(0.001)
@@ -1062,17 +1069,22 @@ def test_a_person_chooses_by_keys_in_a_terminal(folder):
     write_stories(folder / "stories.jsonl", 12)
     ours, theirs = pty.openpty()
     command = [sys.executable, ROOT / "rank.py", "stories.jsonl", "--judge", "human"]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+
+    def control():  # Ctrl-C in it is a signal
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=control) as process:
         os.close(theirs)
-        seen, keys = b"", [b"c", b"\x04xA", b"q"]  # no Enter, and keys that mean nothing
+        seen, keys = b"", [b"c", b"\x04xA", b"\x03"]  # no Enter, keys that mean nothing, Ctrl-C
         with contextlib.suppress(OSError):  # the end of a terminal
             while piece := os.read(ours, 4096):
                 seen += piece
                 if keys and seen.count(b"q ends)") == 4 - len(keys):
                     os.write(ours, keys.pop(0))
     os.close(ours)
-    assert process.returncode == 0 and keys == []
-    assert [row["best"] for row in lines("ranked.jsonl")] == ["C", "A"] and b"1 groups are left" in seen
+    assert process.returncode == 130 and keys == []
+    assert [row["best"] for row in lines("ranked.jsonl")] == ["C", "A"] and b"interrupted; 1 groups are left" in seen
 
 
 # --- mistakes ---
