@@ -755,7 +755,7 @@ def post(session, url, body, timeout=60, retries=5, turn=lambda seconds, status:
         status, wait = None, min(0.5 * 2**attempt, 30) * random.uniform(1, 1.25)
         try:
             response = session.post(url, json=body, timeout=timeout, allow_redirects=False)
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:
             problem = f"{host} cannot be reached, or hangs up ({type(error).__name__})"
             if isinstance(error, requests.Timeout):
                 problem = f"{host} gives no answer within {timeout:g} s"
