@@ -61,9 +61,9 @@ def get_flags():
     add("--data", required=True, help="stories: .txt, .jsonl or a pattern of shards (*.bin); a ranked .jsonl for dpo")
     add("--method", default="sft", choices=["sft", "dpo"], help="learn to write such stories, or learn from judgements")
     add("--out_dir", default="out/finetune", help="where logs, stories and checkpoints go")
-    add("--epochs", type=number(float, 0, 10_000), help="passes over the data; not given: 3, unless --max_tokens rules")
+    add("--epochs", type=number(float, 0, 10_000), help="passes over the data; not given: 3 in sft, 2 in dpo")
     add("--max_tokens", type=whole(1), help="of sft, instead of passes; not given: 50,000 for stories by a model")
-    add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.02 in dpo")
+    add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.3 in dpo")
     add("--matrix_lr", type=real(0), help="Muon's rate in pretraining; this one and those below, not given: as it was")
     add("--down_lr", type=real(0), help="Muon's rate for the MLP's second matrix")
     add("--embed_lr", type=real(0), help="AdamW's rate for the embedding")
@@ -78,8 +78,8 @@ def get_flags():
     add("--block_size", type=whole(1), help="tokens in a row, at most the checkpoint's window; not given: all of it")
     add("--batch_size", type=whole(1), help="most rows that a device takes at once; not given: as in pretraining")
     add("--total_batch_size", type=whole(1), help="tokens a step of sft; not given: for 100 steps or more")
-    add("--pairs", type=whole(1), default=12, help="pairs of stories a step of dpo")
-    add("--beta", type=real(0), default=0.1, help="of dpo: the larger, the closer to the first weights")
+    add("--pairs", type=whole(1), default=24, help="pairs of stories a step of dpo")
+    add("--beta", type=real(0), default=0.03, help="of dpo: the larger, the closer to the first weights")
     add("--against", default="all", choices=["all", "one"], help="dpo: the winner against each loser, or one by chance")
     add(
         "--val_share", type=number(float, 0, 0.9), default=0.05, help="of the stories or groups, held out; at least one"
@@ -840,7 +840,7 @@ def generate(
             read = KVCache(model.config, len(unread), max(lengths), device, model.dtype)
             if max(lengths):
                 idx = torch.tensor([text + (0,) * (max(lengths) - len(text)) for text in unread], device=device)
-                model.hidden(idx, read, lengths)
+                model(idx, cache=read, lengths=lengths)
             for j, copies in enumerate(unread.values()):
                 for i in copies:
                     cache.copy(i, read, j)
@@ -1351,7 +1351,7 @@ def settle(flags, base, config, size):
         if getattr(flags, key) is None:
             taken += [key] if key not in theirs else []
             setattr(flags, key, theirs.get(key, value))
-    flags.lr_scale = (0.1 if sft else 0.02) if flags.lr_scale is None else flags.lr_scale
+    flags.lr_scale = (0.1 if sft else 0.3) if flags.lr_scale is None else flags.lr_scale
     if not flags.lr_scale or not any((flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)):
         fail(f"--lr_scale {flags.lr_scale:g}: nothing would be learned; rates and scale must be above 0")
 
@@ -1360,7 +1360,7 @@ def settle(flags, base, config, size):
     if sft and flags.epochs is None and flags.max_tokens is None and written_by_a_model(flags.data):
         flags.max_tokens = 50_000
     if flags.max_tokens is None and flags.epochs is None:
-        flags.epochs = 3.0
+        flags.epochs = 3.0 if sft else 2.0
     amount, T = flags.max_tokens or flags.epochs * size, flags.block_size
     if sft and flags.total_batch_size is None:  # a power of two suits most numbers of processes
         most = min(amount / 100, theirs.get("total_batch_size", 2**19))

@@ -804,8 +804,14 @@ def read_stories(path):
 
 
 def make_groups(stories, seed):
-    """Groups {label: story}, four after four in the order of the file, labelled by lot; the last may be smaller."""
-    groups = []
+    """Groups {label: story}, labelled by lot; the last may be smaller.
+
+    They are taken four after four in the order of the file, but stories with the same opening come together.
+    """
+    place, groups = {}, []
+    for story in stories:
+        place.setdefault(story["prompt"], len(place))
+    stories = sorted(stories, key=lambda story: place[story["prompt"]])
     for i in range(0, len(stories), 4):
         four = stories[i : i + 4]
         random.Random(f"{seed} {i // 4}").shuffle(four)

@@ -636,7 +636,7 @@ def generate(
             read = KVCache(model.config, len(unread), max(lengths), device, model.dtype)
             if max(lengths):
                 idx = torch.tensor([text + (0,) * (max(lengths) - len(text)) for text in unread], device=device)
-                model.hidden(idx, read, lengths)
+                model(idx, cache=read, lengths=lengths)
             for j, copies in enumerate(unread.values()):
                 for i in copies:
                     cache.copy(i, read, j)

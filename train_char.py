@@ -742,7 +742,7 @@ def generate(
             read = KVCache(model.config, len(unread), max(lengths), device, model.dtype)
             if max(lengths):
                 idx = torch.tensor([text + (0,) * (max(lengths) - len(text)) for text in unread], device=device)
-                model.hidden(idx, read, lengths)
+                model(idx, cache=read, lengths=lengths)
             for j, copies in enumerate(unread.values()):
                 for i in copies:
                     cache.copy(i, read, j)
@@ -862,7 +862,7 @@ class Bigram(nn.Module):
         logits = F.embedding(idx, self.embed)  # (B, T, V)
         if targets is not None:
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits[torch.arange(len(idx)), torch.tensor(lengths) - 1]  # (B, V)
+        return logits[torch.arange(len(idx)), torch.tensor(lengths) - 1] if lengths else logits  # (B, V) or (B, T, V)
 
 
 class DropHeads(Block):

@@ -332,7 +332,7 @@ def test_rates_are_those_of_pretraining_times_the_scale(runs, monkeypatch):
     lr = list(values(runs / "sft", "lr").values())
     assert max(lr) == pytest.approx(0.1 * 0.02, rel=0.1) and lr[-1] < 0.05 * max(lr)
     flags, _, _ = settled(monkeypatch, load(runs / "base.pt"), "--method", "dpo", "--matrix_lr", 0.5)
-    assert flags.lr_scale == 0.02 and flags.matrix_lr == flags.down_lr == 0.5
+    assert flags.lr_scale == 0.3 and flags.matrix_lr == flags.down_lr == 0.5
 
 
 def test_what_was_fine_tuned_is_not_scaled_twice(runs, monkeypatch):
@@ -364,7 +364,7 @@ def test_how_long_it_learns(tmp_path, monkeypatch):
     assert (flags.max_tokens, flags.total_batch_size, steps) == (None, 64, 157)
     flags, steps, _ = settled(monkeypatch, {}, "--max_tokens", 10**9)
     assert flags.total_batch_size == 2**19 and flags.val_loss_every == 191
-    assert settled(monkeypatch, base, "--method", "dpo", "--pairs", 7, size=30)[1] == 13
+    assert settled(monkeypatch, base, "--method", "dpo", "--pairs", 7, size=30)[1] == 9
 
 
 # --- what it leaves ---

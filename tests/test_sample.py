@@ -690,7 +690,7 @@ def test_characters_that_are_not_known_do_not_end_a_talk(talk):
     unknown, window, other = said.splitlines()
     assert unknown == "sample.py: the opening: the checkpoint does not know the characters 'Ü'"
     assert other == "sample.py: the opening: the checkpoint does not know the characters '5'"
-    assert "filled the window" in window
+    assert "tokens was full" in window
 
 
 def test_on_a_terminal_ctrl_c_ends_a_story_and_ctrl_d_the_talk(work):
