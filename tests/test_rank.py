@@ -879,7 +879,7 @@ def test_ctrl_c_finishes_what_was_sent(fork, judge):
 
 
 def test_ctrl_c_twice_ends_at_once(fork, judge):
-    stories = write_stories(pathlib.Path("stories.jsonl"), 80)
+    stories = write_stories(pathlib.Path("stories.jsonl"), 800)
     pid, wait = fork("--concurrency", 4)
     until(lambda: len(judge.asked) >= 5)
     judge.latency = 100
