@@ -1161,6 +1161,7 @@ def test_other_mistakes_get_a_line(rank, judge, monkeypatch):
         ("--dry_run", "--judge", "human"): "--dry_run",
         ("--out", "stories.jsonl/x"): "stories.jsonl/x.answers: ",
         ("--out", "."): "",
+        ("--best", "none/best.jsonl"): "--best none/best.jsonl: there is no such folder",
         ("--base_url", "http://a..b/v1", "--retries", "0"): "a..b cannot be reached",
     }.items():
         code, _, said = rank(*flags)
