@@ -340,8 +340,8 @@ def test_last_groups_may_be_smaller(rank, judge):
     for count, words in ((7, "the last group has 3"), (6, "the last group has 2"), (5, "'s4', has none")):
         stories = write_stories(pathlib.Path("stories.jsonl"), count)
         name, before = f"{count}.jsonl", len(judge.asked)
-        code, _, said = rank("--out", name)
-        assert code == 0 and words in said[0]
+        code, out, said = rank("--out", name)
+        assert code == 0 and words in said[0] and "of 2 votes; by chance 25% each" in out  # places of four alone
         stories = stories if count > 5 else {i: stories[i] for i in list(stories)[:4]}
         assert_right(stories, name, f"{count}_best.jsonl")
         if count == 7:
@@ -670,6 +670,17 @@ def test_an_answer_that_was_lost_counts_as_money(rank, judge, monkeypatch):
     assert lost == sent[0] > 0 and refused == 0 and silent == sent[2] and all(0 < x < sent[0] for x in others)
 
 
+def test_what_a_killed_run_had_sent_counts_as_money(rank, judge):
+    write_stories(pathlib.Path("stories.jsonl"), 8)
+    assert rank()[0] == 0
+    with open("ranked.jsonl.answers", "a") as f:
+        f.write('{"group": 1, "vote": 2, "sent": 0.5}\n{"group": 1, "vote": 2, "sent": 0.25}\n')
+    out = rank("--max_requests", 6)[1]
+    assert "in all: 6 requests" in out and 0.75 < float(re.search(r"at most \$([\d.]+)", out)[1]) < 0.76
+    code, _, said = rank("--max_cost", 0.75, "--votes", 3)
+    assert code == 1 and "--max_cost" in said[-1] and len(judge.asked) == 4
+
+
 def test_prices_that_are_not_known(rank, judge):
     write_stories(pathlib.Path("stories.jsonl"), 4)
     code, _, said = rank("--model", "llama3", "--max_cost", 1)
@@ -868,16 +879,16 @@ def test_ctrl_c_finishes_what_was_sent(fork, judge):
 
 
 def test_ctrl_c_twice_ends_at_once(fork, judge):
-    stories = write_stories(pathlib.Path("stories.jsonl"), 80)
+    stories = write_stories(pathlib.Path("stories.jsonl"), 800)
     pid, wait = fork("--concurrency", 4)
     until(lambda: len(judge.asked) >= 5)
-    judge.latency = 60
-    have = len(judge.asked)
-    until(lambda: judge.busy == 4 and len(judge.asked) > have)
+    judge.latency = 100
+    time.sleep(0.1)
+    until(lambda: judge.busy == 4)
     os.kill(pid, signal.SIGINT)
     time.sleep(0.2)
     os.kill(pid, signal.SIGINT)
-    assert wait() == 130
+    assert wait() == 130 and judge.busy == 4, "it has not waited for the answers"
     judge.latency = 0
     pid, wait = fork()
     assert wait() == 0
@@ -1150,6 +1161,7 @@ def test_other_mistakes_get_a_line(rank, judge, monkeypatch):
         ("--dry_run", "--judge", "human"): "--dry_run",
         ("--out", "stories.jsonl/x"): "stories.jsonl/x.answers: ",
         ("--out", "."): "",
+        ("--best", "none/best.jsonl"): "--best none/best.jsonl: there is no such folder",
         ("--base_url", "http://a..b/v1", "--retries", "0"): "a..b cannot be reached",
     }.items():
         code, _, said = rank(*flags)
