@@ -2,9 +2,10 @@
 What does fine-tuning give, and how fast is it? Tokens/s beside transformers' Trainer, and the loss on unseen tales.
 
     pip install transformers accelerate
-    python bench/finetuning.py                 (about 8 minutes on 2 cores)
+    python bench/finetuning.py --only speed    (5 minutes on 2 cores)
+    python bench/finetuning.py --only loss     (longer)
 
-Speed: a model of --width 768 (4 layers, context 256, bytes), ours by finetune.py, and what runs/export_hf.py makes of
+Speed: a model of GPT-2's vocabulary, 4 layers and --width 512, ours by finetune.py, and what runs/export_hf.py makes of
 it by the Trainer with its defaults (AdamW) and bf16 where the CPU has it, on rows of 256 tokens, 16 a step; seconds of
 training steps only, and the two take turns.
 Loss: a small model of bytes is pretrained on data/plain.txt (train_gpt.py) for --max_iters steps and for half as many
@@ -27,12 +28,12 @@ sys.path.insert(0, ROOT)
 T, B = 256, 16
 
 
-def trainer(folder, text, steps, bf16):
+def trainer(folder, tokens, steps, bf16):
     """Seconds that transformers' Trainer takes for the steps after the first two."""
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    tokens = torch.tensor(list(text.encode())[: (steps + 2) * B * T]).view(-1, T)
+    tokens = torch.tensor(tokens[: (steps + 2) * B * T]).view(-1, T)
     times = []
 
     class Clock(TrainerCallback):
@@ -45,14 +46,16 @@ def trainer(folder, text, steps, bf16):
         logging_strategy="no", save_strategy="no", disable_tqdm=True, output_dir=os.path.join(folder, "out")
     )
     rows = [dict(input_ids=row, labels=row) for row in tokens]
-    Trainer(model, TrainingArguments(**settings), train_dataset=rows, callbacks=[Clock()]).train()
+    theirs = Trainer(model, TrainingArguments(**settings), train_dataset=rows, callbacks=[Clock()])
+    theirs.remove_callback(PrinterCallback)
+    theirs.train()
     return times[-1] - times[1]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=768, help="of the model whose speed is measured")
-    parser.add_argument("--steps", type=int, default=6, help="of a turn in which speed is measured")
+    parser.add_argument("--width", type=int, default=512, help="of the model whose speed is measured")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn in which speed is measured")
     parser.add_argument("--max_iters", type=int, default=240, help="of pretraining")
     parser.add_argument("--keep", help="a folder for the models (default: a temporary one)")
     parser.add_argument("--only", choices=["speed", "loss"], help="one of the two halves")
@@ -92,15 +95,16 @@ def main():
 
     if flags.only != "loss":
         torch.manual_seed(0)
-        config = finetune.Config(257, T, 4, flags.width // 64, flags.width)
+        config = finetune.Config(50257, T, 4, flags.width // 64, flags.width)
         model = finetune.GPT(config)
         torch.nn.init.normal_(model.head, std=0.02)
-        whole = dict(format=1, config=vars(config), tokenizer="bytes", model=model.state_dict())
+        whole = dict(format=1, config=vars(config), tokenizer="gpt2", model=model.state_dict())
         torch.save(whole, os.path.join(folder, "random.pt"))
+        tokens = finetune.get_tokenizer("gpt2").encode_ordinary(tales)
         run("runs/export_hf.py", "random.pt", "hf", "--overwrite")
         seconds = {"Trainer": [], "finetune.py": []}
         for _ in range(3):
-            seconds["Trainer"].append(trainer(os.path.join(folder, "hf"), tales, flags.steps, bf16) / flags.steps)
+            seconds["Trainer"].append(trainer(os.path.join(folder, "hf"), tokens, flags.steps, bf16) / flags.steps)
             settings = f"--max_tokens {(flags.steps + 2) * B * T} --total_batch_size {B * T} --batch_size {B}".split()
             settings += "--sample_every 0 --val_loss_every 0 --val_share 0.01 --overwrite --out_dir speed".split()
             run("finetune.py", "--init", "random.pt", "--data", "learned.txt", *settings)
@@ -120,7 +124,7 @@ def main():
             run("data/prepare.py", text, "--tokenizer", "bytes", "--out", name, "--overwrite")
 
         def pretrain(out_dir, name, steps):
-            size = f"--n_layer 4 --n_embd 192 --n_head 3 --max_iters {steps} --warmdown_iters {steps // 2}".split()
+            size = f"--n_layer 4 --n_embd 128 --n_head 2 --max_iters {steps} --warmdown_iters {steps // 2}".split()
             shards = "--train_files", f"{name}_train_*.bin", "--val_files", f"{name}_val_*.bin"
             settings = "--sample_every", 0, "--val_loss_every", steps, "--out_dir", out_dir, "--overwrite"
             run("train_gpt.py", "--preset", "demo", *size, *shards, *settings)
