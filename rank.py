@@ -295,7 +295,11 @@ def linear(x, weight):
     """x (..., C) by a weight (rows, C) or a stack (n, rows, C), which GPT.pack may have packed, in the dtype of x."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight.flatten(0, -2).to(x.dtype))
+    weight = weight.flatten(0, -2).to(x.dtype)
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+        # one row: compiled, a sum reads the weights at the memory's speed, PyTorch's product at half of it
+        return (weight.float() * x.flatten().float()).sum(-1).to(x.dtype).expand(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def rotary_tables(length, head_size):
@@ -371,6 +375,9 @@ class Block(nn.Module):
         self.o = nn.Parameter(torch.zeros(C, C))
         self.up = nn.Parameter(torch.empty(4 * C, C).normal_(std=C**-0.5))
         self.down = nn.Parameter(torch.zeros(C, 4 * C))
+
+    def decode(self, *step):  # what compile_decoding replaces
+        return self.forward(*step)
 
     def project(self, x):
         return linear(x, self.qkv)  # (B, T, 3 C)
@@ -452,8 +459,9 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
                 x = recompute(block, x, cos, sin, use_reentrant=False)
-            elif cache:  # never compiled: each shape would be compiled anew
-                x = block.forward(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
+            elif cache:  # many shapes, each of which would be compiled anew, but for a token a row
+                step = block.decode if x.size(1) == 1 else block.forward
+                x = step(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
             else:
                 x = block(x, cos, sin)
         return x
@@ -463,6 +471,12 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile()
         self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
+
+    def compile_decoding(self):
+        """Compile the step of one token a row: on a CPU for one row at a time, where that is faster than `pack`."""
+        for block in self.blocks:
+            block.decode = torch.compile(block.forward)
+        self.logits = torch.compile(self.logits)
 
     def pack(self):
         """Give up training for speed: on a CPU the weights take the layout in which oneDNN reads them fastest, once and
@@ -576,17 +590,20 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
+    finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
 
 
 def load_checkpoint(path):
     """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open(path, "rb").close()
     except OSError as error:
-        fail(f"{path}: {error.strerror or error}")
+        fail(f"{path}: {error.strerror}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files raise nearly everything
         unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
         fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
@@ -787,8 +804,14 @@ def read_stories(path):
 
 
 def make_groups(stories, seed):
-    """Groups {label: story}, four after four in the order of the file, labelled by lot; the last may be smaller."""
-    groups = []
+    """Groups {label: story}, labelled by lot; the last may be smaller.
+
+    They are taken four after four in the order of the file, but stories with the same opening come together.
+    """
+    place, groups = {}, []
+    for story in stories:
+        place.setdefault(story["prompt"], len(place))
+    stories = sorted(stories, key=lambda story: place[story["prompt"]])
     for i in range(0, len(stories), 4):
         four = stories[i : i + 4]
         random.Random(f"{seed} {i // 4}").shuffle(four)

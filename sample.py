@@ -56,6 +56,7 @@ def get_flags():
     add("--batch_size", type=number(int, 0), default=0, help="stories at once; 0: what the memory allows")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights and activations")
+    add("--compile", action="store_true", help="write faster after half a minute; on a CPU, one story at a time only")
     add("--seed", type=int, default=1337, help="one seed, one story for each id")
     add("--narrate", metavar="FILE.mp3", help="have the story read aloud into this file")
     add("--speech_model", default="gpt-4o-mini-tts", help="narrate: with this model")
@@ -241,7 +242,11 @@ def linear(x, weight):
     """x (..., C) by a weight (rows, C) or a stack (n, rows, C), which GPT.pack may have packed, in the dtype of x."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight.flatten(0, -2).to(x.dtype))
+    weight = weight.flatten(0, -2).to(x.dtype)
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+        # one row: compiled, a sum reads the weights at the memory's speed, PyTorch's product at half of it
+        return (weight.float() * x.flatten().float()).sum(-1).to(x.dtype).expand(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def rotary_tables(length, head_size):
@@ -317,6 +322,9 @@ class Block(nn.Module):
         self.o = nn.Parameter(torch.zeros(C, C))
         self.up = nn.Parameter(torch.empty(4 * C, C).normal_(std=C**-0.5))
         self.down = nn.Parameter(torch.zeros(C, 4 * C))
+
+    def decode(self, *step):  # what compile_decoding replaces
+        return self.forward(*step)
 
     def project(self, x):
         return linear(x, self.qkv)  # (B, T, 3 C)
@@ -398,8 +406,9 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
                 x = recompute(block, x, cos, sin, use_reentrant=False)
-            elif cache:  # never compiled: each shape would be compiled anew
-                x = block.forward(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
+            elif cache:  # many shapes, each of which would be compiled anew, but for a token a row
+                step = block.decode if x.size(1) == 1 else block.forward
+                x = step(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
             else:
                 x = block(x, cos, sin)
         return x
@@ -409,6 +418,12 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile()
         self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
+
+    def compile_decoding(self):
+        """Compile the step of one token a row: on a CPU for one row at a time, where that is faster than `pack`."""
+        for block in self.blocks:
+            block.decode = torch.compile(block.forward)
+        self.logits = torch.compile(self.logits)
 
     def pack(self):
         """Give up training for speed: on a CPU the weights take the layout in which oneDNN reads them fastest, once and
@@ -522,17 +537,20 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
+    finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
 
 
 def load_checkpoint(path):
     """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open(path, "rb").close()
     except OSError as error:
-        fail(f"{path}: {error.strerror or error}")
+        fail(f"{path}: {error.strerror}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files raise nearly everything
         unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
         fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
@@ -618,7 +636,7 @@ def generate(
             read = KVCache(model.config, len(unread), max(lengths), device, model.dtype)
             if max(lengths):
                 idx = torch.tensor([text + (0,) * (max(lengths) - len(text)) for text in unread], device=device)
-                model.hidden(idx, read, lengths)
+                model(idx, cache=read, lengths=lengths)
             for j, copies in enumerate(unread.values()):
                 for i in copies:
                     cache.copy(i, read, j)
@@ -788,7 +806,7 @@ def read_openings(flags):
 
     def read(path, flag):
         try:
-            with open(sys.stdin.fileno() if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as f:
+            with open(0 if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as f:
                 return f.read()
         except OSError as error:
             fail(f"{flag} {path}: {error.strerror}")
@@ -801,14 +819,17 @@ def read_openings(flags):
     return openings or fail(f"--prompt_file {flags.prompt_file}: holds no opening")
 
 
-def to_tokens(tokenizer, opening):
+def to_tokens(tokenizer, opening, flags):
     """Token ids that a story begins with: it stands behind the end of another."""
+    name = "--prompt" if flags.prompt_file is None else f"--prompt_file {flags.prompt_file}"
+    name = "the opening" if flags.interactive else name
     try:
-        tokens = encode(tokenizer, opening, "--prompt")
-    except UnicodeEncodeError:
-        fail("--prompt: not text in UTF-8")
+        opening.encode()
+    except UnicodeEncodeError:  # of the command line
+        fail(f"{name}: not text in UTF-8")
+    tokens = encode(tokenizer, opening, name)
     tokens = [tokenizer.eot_token] + tokens if tokenizer.special_tokens_set else tokens
-    return tokens or fail("--prompt: empty, and this checkpoint needs a character to begin with")
+    return tokens or fail(f"{name}: empty, and this checkpoint needs a character to begin with")
 
 
 def tell(model, tokenizer, prompts, indices, flags):
@@ -824,6 +845,7 @@ def tell(model, tokenizer, prompts, indices, flags):
     settings.update(indices=indices, stop=eot, ended=ended)
     for pairs in generate(model, prompts, flags.max_new_tokens, **settings):
         for row, token in pairs:
+            full = len(prompts[row]) + tokens[row] > model.config.block_size  # so this token came after a half of it
             last = token in eot
             if not last:
                 held[row] += utf8[row].decode(tokenizer.decode_single_token_bytes(token))
@@ -839,14 +861,14 @@ def tell(model, tokenizer, prompts, indices, flags):
                 ready = begins[0] if begins else ready
             text, held[row] = held[row][:ready], held[row][ready:]
             yield row, text, tokens[row] if last else None
-            if last and len(prompts[row]) + tokens[row] > model.config.block_size:
-                say_once(f"a story filled the window of {model.config.block_size} tokens: only the last half was kept")
+            if last and full:
+                say_once(f"the window of {model.config.block_size} tokens was full: stories went on from its last half")
 
 
 def stream(model, tokenizer, opening, index, flags):
     """Print a story as it is written, and return it."""
     story = opening
-    prompt = to_tokens(tokenizer, opening)
+    prompt = to_tokens(tokenizer, opening, flags)
     print(opening, end="", flush=True)
     for _, text, _ in tell(model, tokenizer, [prompt], [index], flags):
         story += text
@@ -864,7 +886,7 @@ def converse(model, tokenizer, flags):
         try:
             opening = input("opening> " if sys.stdin.isatty() else "")
         except EOFError:
-            return
+            return print(end="\n" if sys.stdin.isatty() else "")
         try:
             stream(model, tokenizer, opening or flags.prompt, index, flags)
         except KeyboardInterrupt:
@@ -887,7 +909,7 @@ def rows_at_once(model, length):
             free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     row = 2 * config.n_layer * config.n_embd * min(length, config.block_size) * itemsize  # keys and values
     row += 6 * 4 * config.vocab_size  # logits, and what sampling makes of them
-    return max(1, min(free // 2 // row, 256))
+    return max(1, min(free // 2 // row, 64 if device.type == "cpu" else 256))
 
 
 def open_stories(path, expected):
@@ -909,22 +931,26 @@ def open_stories(path, expected):
         pass
     except OSError:
         fail(f"--out {path}: another process is writing to it")
+    if not os.path.isfile(path):
+        fail(f"--out {path}: not a file that lines can be added to")
     file.seek(0)
     whole = 0
     for line_number, line in enumerate(file.readlines(), 1):
-        if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
-            break
-        whole += len(line)
         try:
             row = json.loads(line)
             known = expected(row["id"])
             other = [key for key in known if row.get(key) != known[key]]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+            if not line.endswith(b"\n") and b'{"id": '.startswith(line[:7]):
+                break
             fail(f"--out {path}: line {line_number} is not a story of this script; name a new file")
         if other:
             was, here = json.dumps(row.get(other[0])), json.dumps(known[other[0]])
             fail(f"--out {path}: line {line_number} is of another run ({other[0]} {was}, not {here}); name a new file")
+        if not line.endswith(b"\n"):
+            break
         have.add(row["id"])
+        whole += len(line)
     file.truncate(whole)
     return file, have
 
@@ -946,11 +972,11 @@ def write_stories(model, tokenizer, openings, flags):
     """Write --num stories for each opening, in batches: to --out, or to stdout."""
     sampling = {key: getattr(flags, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
     about = dict(seed=flags.seed, checkpoint=flags.checkpoint, sampling=sampling)
+    prompts = [to_tokens(tokenizer, opening, flags) for opening in openings]
     total, have, file = flags.num * len(openings), set(), None
     if flags.out:
         file, have = open_stories(flags.out, lambda i: dict(prompt=openings[i % len(openings)], **about))
     todo = [i for i in range(total) if i not in have]
-    prompts = [to_tokens(tokenizer, opening) for opening in openings]
     B = flags.batch_size or rows_at_once(model, max(map(len, prompts)) + flags.max_new_tokens)
     done, written, start = total - len(todo), 0, time.perf_counter()
     for batch in (todo[i : i + B] for i in range(0, len(todo), B)):
@@ -961,7 +987,8 @@ def write_stories(model, tokenizer, openings, flags):
             if tokens is not None:
                 done, i = done + 1, batch[row]
                 story = dict(id=i, prompt=openings[i % len(openings)], text=stories[row], tokens=tokens, **about)
-                add_story(file, story) if file else print(stories[row], end="\n\n---\n\n" if done < total else "\n")
+                end = "\n\n---\n\n" if done < total else "\n"
+                add_story(file, story) if file else print(stories[row], end=end, flush=True)
             if file:
                 speed = written / (time.perf_counter() - start)
                 progress(f"{done:,} of {total:,} stories, {speed:,.0f} tokens a second")
@@ -986,6 +1013,8 @@ def pieces(text, most=4000):
 def narrate(session, story, flags):
     """Have a text read aloud, piece by piece, and join the pieces into one mp3 file (frames follow one another)."""
     sound = b""
+    if not story.strip():
+        fail(f"--narrate {flags.narrate}: the story is empty")
     for i, piece in enumerate(texts := pieces(story)):
         progress(f"narrating piece {i + 1} of {len(texts)}")
         body = dict(model=flags.speech_model, voice=flags.voice, input=piece, response_format="mp3")
@@ -993,8 +1022,9 @@ def narrate(session, story, flags):
             data = post(session, f"{flags.base_url}/audio/speech", body, timeout=300).content
         except ApiError as error:
             fail(f"--narrate {flags.narrate}: {error}", code=2 if error.hopeless else 1)
-        if data[:3] == b"ID3":  # a tag, with its size in 4 bytes of 7 bits: in the middle of a file it would click
-            data = data[10 + sum((byte & 127) << 7 * (3 - k) for k, byte in enumerate(data[6:10])) :]
+        if data[:3] == b"ID3" and len(data) > 10:  # a tag: in the middle of a file it would click
+            size = sum((byte & 127) << 7 * (3 - k) for k, byte in enumerate(data[6:10]))
+            data = data[size + (20 if data[5] & 16 else 10) :]  # a header, and a footer where that bit says so
         if len(data) < 4 or data[0] != 0xFF or data[1] < 0xE0:
             fail(f"--narrate {flags.narrate}: {flags.base_url} answered with something that is not mp3", code=1)
         sound += data
@@ -1012,19 +1042,29 @@ def narrate(session, story, flags):
 def main():
     flags = get_flags()
     several = flags.out or flags.prompt_file or flags.num > 1
-    if flags.interactive and (several or flags.narrate):
-        fail("--interactive: goes without --out, --num, --prompt_file and --narrate")
+    if flags.interactive and (several or flags.narrate or flags.prompt == "-"):
+        fail("--interactive: goes without --out, --num, --prompt_file, --narrate and --prompt -")
+    if flags.interactive and not sys.stdin:
+        fail("--interactive: standard input is closed")
     if flags.narrate and several:
         fail("--narrate: one story, so without --out, --num and --prompt_file")
     if "" in flags.stop:
         fail("--stop: an empty text is everywhere")
-    if flags.narrate and not os.path.isdir(os.path.dirname(os.path.abspath(flags.narrate))):
-        fail(f"--narrate {flags.narrate}: there is no such folder")
+    if flags.narrate:  # found out before it costs anything
+        folder = os.path.dirname(os.path.abspath(flags.narrate))
+        if os.path.isdir(flags.narrate) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            fail(f"--narrate {flags.narrate}: not a file in a folder that is there and can be written to")
     session = api_session(flags.base_url) if flags.narrate else None
     openings = [] if flags.interactive else read_openings(flags)
+    if sys.stdout:  # not every output can hold every character
+        sys.stdout.reconfigure(errors="replace")
     device, dtype = get_device(flags.device, flags.dtype)
     checkpoint = load_checkpoint(flags.checkpoint)
-    model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype).pack()
+    model = load_model(flags.checkpoint, checkpoint, device, dtype, weights=dtype)
+    if flags.compile and not (several and device.type == "cpu"):
+        model.compile_decoding()
+    else:
+        model.pack()
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     if flags.interactive:
         converse(model, tokenizer, flags)

@@ -326,7 +326,11 @@ def linear(x, weight):
     """x (..., C) by a weight (rows, C) or a stack (n, rows, C), which GPT.pack may have packed, in the dtype of x."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight.flatten(0, -2).to(x.dtype))
+    weight = weight.flatten(0, -2).to(x.dtype)
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+        # one row: compiled, a sum reads the weights at the memory's speed, PyTorch's product at half of it
+        return (weight.float() * x.flatten().float()).sum(-1).to(x.dtype).expand(*x.shape[:-1], -1)
+    return F.linear(x, weight)
 
 
 def rotary_tables(length, head_size):
@@ -402,6 +406,9 @@ class Block(nn.Module):
         self.o = nn.Parameter(torch.zeros(C, C))
         self.up = nn.Parameter(torch.empty(4 * C, C).normal_(std=C**-0.5))
         self.down = nn.Parameter(torch.zeros(C, 4 * C))
+
+    def decode(self, *step):  # what compile_decoding replaces
+        return self.forward(*step)
 
     def project(self, x):
         return linear(x, self.qkv)  # (B, T, 3 C)
@@ -483,8 +490,9 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
                 x = recompute(block, x, cos, sin, use_reentrant=False)
-            elif cache:  # never compiled: each shape would be compiled anew
-                x = block.forward(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
+            elif cache:  # many shapes, each of which would be compiled anew, but for a token a row
+                step = block.decode if x.size(1) == 1 else block.forward
+                x = step(x, cos, sin, cache.k[i], cache.v[i], positions, mask)
             else:
                 x = block(x, cos, sin)
         return x
@@ -494,6 +502,12 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile()
         self.row_losses, self.loss_and_gradients = map(torch.compile, (self.row_losses, self.loss_and_gradients))
+
+    def compile_decoding(self):
+        """Compile the step of one token a row: on a CPU for one row at a time, where that is faster than `pack`."""
+        for block in self.blocks:
+            block.decode = torch.compile(block.forward)
+        self.logits = torch.compile(self.logits)
 
     def pack(self):
         """Give up training for speed: on a CPU the weights take the layout in which oneDNN reads them fastest, once and
@@ -727,17 +741,20 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
+    finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
 
 
 def load_checkpoint(path):
     """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open(path, "rb").close()
     except OSError as error:
-        fail(f"{path}: {error.strerror or error}")
+        fail(f"{path}: {error.strerror}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files raise nearly everything
         unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
         fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
@@ -823,7 +840,7 @@ def generate(
             read = KVCache(model.config, len(unread), max(lengths), device, model.dtype)
             if max(lengths):
                 idx = torch.tensor([text + (0,) * (max(lengths) - len(text)) for text in unread], device=device)
-                model.hidden(idx, read, lengths)
+                model(idx, cache=read, lengths=lengths)
             for j, copies in enumerate(unread.values()):
                 for i in copies:
                     cache.copy(i, read, j)
@@ -1249,6 +1266,77 @@ def resume(model, optimizer, tokenizer, paths):
 # --- end of resume ---
 
 
+# --- training: the same in every script (tests/test_copies.py) ---
+
+
+def join_ranks(device):
+    """This process's rank and their number; under torchrun they find each other here, else it is (0, 1)."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        on_gpu = device.type == "cuda"
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps one store: a restart must not read old names
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        settings = dict(store=store, rank=rank, world_size=ranks, device_id=device if on_gpu else None)
+        dist.init_process_group("nccl" if on_gpu else "gloo", **settings)
+    return rank, ranks
+
+
+def take_folder(flags):
+    """Make --out_dir; exits when nothing can be written there, or when it holds a run that flags leave in peace."""
+    try:
+        os.makedirs(flags.out_dir, exist_ok=True)
+    except OSError as error:
+        fail(f"--out_dir {flags.out_dir}: {error.strerror}")
+    if not os.access(flags.out_dir, os.W_OK):
+        fail(f"--out_dir {flags.out_dir}: nothing can be written there")
+    if checkpoints(flags.out_dir) and not (flags.resume or flags.overwrite):
+        fail(f"--out_dir {flags.out_dir}: holds an earlier run; --resume goes on with it, --overwrite removes it")
+
+
+def clear_folder(out_dir, step):
+    """Remove what an interrupted save left, and what came after `step` of the run; without a step, its checkpoints."""
+    for path in glob.glob(os.path.join(glob.escape(out_dir), "*.pt.*.tmp")):
+        os.remove(path)
+    for path in checkpoints(out_dir) if step is None else []:
+        os.remove(path)
+    if step is not None:
+        rewind(out_dir, step)
+
+
+def save_model(path, model, tokenizer, flags, step, train):
+    """Write a checkpoint, and remove the oldest; weights that are not finite end the run instead."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail(f"the weights after step {step} are not finite; {last_good(flags.out_dir)}", code=1)
+    whole = dict(format=1, config=dataclasses.asdict(model.config), tokenizer=tokenizer, model=model.state_dict())
+    save_checkpoint(path, {**whole, "train": {**train, "step": step, "flags": vars(flags)}})
+    for old in checkpoints(flags.out_dir)[flags.keep :]:
+        os.remove(old)
+
+
+def catch_signals():
+    """A list that Ctrl-C and SIGTERM are added to from now on, so that the step under way can be finished."""
+    stopped = []
+
+    def stop(number, _):
+        stopped.append(number)
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step to end
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return stopped
+
+
+def end_interrupted(stopped, out_dir):
+    """End a run that was told to, and has saved."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted; {last_good(out_dir)}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.barrier()  # the first process to end would have torchrun end the others
+    raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
+
+
 @torch.no_grad()
 def validate(model, shards, val_tokens, B, T, rank, ranks):
     """Mean loss in nats over the first val_tokens targets of the validation shards, or all when there are fewer."""
@@ -1261,6 +1349,44 @@ def validate(model, shards, val_tokens, B, T, rank, ranks):
         losses.append(model(x, y) * min(B * T, n - start))
     model.train()
     return add_up([sum(torch.stack(losses).tolist()) if losses else 0.0], device)[0] / n
+
+
+def tell(model, tokenizer, flags):
+    """A story from flags.prompt: its text, and how many tokens were written."""
+    stop = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
+    story = stop + encode(tokenizer, flags.prompt, "--prompt")
+    start = len(story)
+    settings = dict(temperature=flags.temperature, seed=flags.seed, stop=stop)
+    model.eval()
+    for [(_, token)] in generate(model, [story], flags.max_new_tokens, **settings):
+        story.append(token)
+    model.train()
+    return tokenizer.decode([token for token in story if token not in stop]), len(story) - start
+
+
+def memory(device):
+    """Peak memory of this process in GiB: of the GPU's, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def run_training(train, flags):
+    """train(flags); too little memory, and another process that has gone, get one line."""
+    try:
+        train(flags)
+    except torch.OutOfMemoryError:
+        why = f"out of memory: a --batch_size below {flags.batch_size}, or --recompute, takes less"
+        fail(f"{why}; {last_good(flags.out_dir)}", code=1)
+    except RuntimeError as error:  # what gloo and NCCL raise when another process has gone
+        if "WORLD_SIZE" not in os.environ or not re.search("gloo|nccl|connection|peer", str(error), re.I):
+            raise
+        fail(f"another process was lost ({str(error).splitlines()[0]}); {last_good(flags.out_dir)}", code=1)
+
+
+# --- end of training ---
 
 
 def hellaswag(model, questions, labels, rank, ranks):
@@ -1276,37 +1402,9 @@ def hellaswag(model, questions, labels, rank, ranks):
     return [n / len(questions) for n in add_up(right, model.embed.device)]
 
 
-def tell(model, tokenizer, flags):
-    """A story from flags.prompt: its text, and how many tokens were written."""
-    story = [tokenizer.eot_token] + tokenizer.encode_ordinary(flags.prompt)
-    start = len(story)
-    settings = dict(temperature=flags.temperature, seed=flags.seed, stop=[tokenizer.eot_token])
-    model.eval()
-    for [(_, token)] in generate(model, [story], flags.max_new_tokens, **settings):
-        story.append(token)
-    model.train()
-    return tokenizer.decode([token for token in story if token != tokenizer.eot_token]), len(story) - start
-
-
-def memory(device):
-    """Peak memory of this process in GiB: of the GPU's, or of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def train(flags):
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = get_device(flags.device, flags.dtype)
-    if ranks > 1:
-        on_gpu = device.type == "cuda"
-        store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps one store: a restart must not read old names
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        settings = dict(store=store, rank=rank, world_size=ranks, device_id=device if on_gpu else None)
-        dist.init_process_group("nccl" if on_gpu else "gloo", **settings)
+    rank, ranks = join_ranks(device)
     T, steps, out_dir, total = flags.block_size, flags.max_iters, flags.out_dir, flags.total_batch_size
     if total % (T * ranks):
         fail(f"--total_batch_size {total}: not a multiple of {T * ranks} (--block_size, times the processes)")
@@ -1315,14 +1413,7 @@ def train(flags):
     vocab_size = {"gpt2": 50257, "bytes": 257}[flags.tokenizer]
     train_shards = Shards(flags.train_files, "--train_files", vocab_size)
     val_shards = Shards(flags.val_files, "--val_files", vocab_size)
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        fail(f"--out_dir {out_dir}: {error.strerror}")
-    if not os.access(out_dir, os.W_OK):
-        fail(f"--out_dir {out_dir}: nothing can be written there")
-    if checkpoints(out_dir) and not (flags.resume or flags.overwrite):
-        fail(f"--out_dir {out_dir}: holds an earlier run; --resume goes on with it, --overwrite removes it")
+    take_folder(flags)
     tokenizer = get_tokenizer(flags.tokenizer) if flags.sample_every or flags.hellaswag_every else None
     if flags.hellaswag_every:
         tests = get_hellaswag(flags.hellaswag_data, "--hellaswag_every 0 trains without it")
@@ -1380,12 +1471,7 @@ def train(flags):
     resumed = resume(model, optimizer, flags.tokenizer, checkpoints(out_dir) if flags.resume else [])
     step, position, train_time, best_loss = resumed["next"] if resumed else (0, 0, 0.0, math.inf)
     if rank == 0:
-        for path in glob.glob(os.path.join(glob.escape(out_dir), "*.pt.*.tmp")):
-            os.remove(path)  # a save was interrupted
-        for path in [] if resumed else checkpoints(out_dir):
-            os.remove(path)
-        if resumed:
-            rewind(out_dir, step)
+        clear_folder(out_dir, step if resumed else None)
     log = Log(out_dir, device, "a" if resumed else "w")
     matrices = sum(p.numel() for name, p in model.named_parameters() if name != "embed" or flags.tie_weights)
     flops = 6 * matrices + 12 * flags.n_layer * flags.n_embd * T  # a token; attention counted in full, as is usual
@@ -1402,25 +1488,10 @@ def train(flags):
         log.line(f"resumed from {resumed['path']} at step {step}")
 
     def save(name, train):
-        """Write a checkpoint, from rank 0; weights that are not finite end the run instead."""
         if rank == 0:
-            if not all(p.isfinite().all() for p in model.parameters()):
-                fail(f"the weights after step {step} are not finite; {last_good(out_dir)}", code=1)
-            whole = dict(format=1, config=dataclasses.asdict(model.config), tokenizer=flags.tokenizer)
-            train.update(step=step, flags=vars(flags))
-            save_checkpoint(os.path.join(out_dir, name), {**whole, "model": model.state_dict(), "train": train})
-            for path in checkpoints(out_dir)[flags.keep :]:
-                os.remove(path)
+            save_model(os.path.join(out_dir, name), model, flags.tokenizer, flags, step, train)
 
-    stopped = []
-
-    def stop(number, _):
-        stopped.append(number)
-        if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step to end
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    stopped = catch_signals()
 
     def due(every):
         return step >= steps or (every and step and step % every == 0)
@@ -1431,11 +1502,7 @@ def train(flags):
         if step > first and (stopping or due(flags.save_every)):
             save(f"ckpt_{step:06d}.pt", everything)
         if stopping:  # some rank was told to
-            if rank == 0:
-                print(f"train_gpt.py: interrupted; {last_good(out_dir)}", file=sys.stderr)
-            if ranks > 1:
-                dist.barrier()  # the first process to end would have torchrun end the others
-            raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
+            end_interrupted(stopped, out_dir)
         if flags.milestone_every and due(flags.milestone_every):
             save(f"milestone_{step:06d}.pt", {})
         if due(flags.val_loss_every):
@@ -1487,15 +1554,7 @@ def train(flags):
 
 def main():
     flags = get_flags()
-    try:
-        train(flags)
-    except torch.OutOfMemoryError:
-        why = f"out of memory: a --batch_size below {flags.batch_size}, or --recompute, takes less"
-        fail(f"{why}; {last_good(flags.out_dir)}", code=1)
-    except RuntimeError as error:  # what gloo and NCCL raise when another process has gone
-        if "WORLD_SIZE" not in os.environ or not re.search("gloo|nccl|connection|peer", str(error), re.I):
-            raise
-        fail(f"another process was lost ({str(error).splitlines()[0]}); {last_good(flags.out_dir)}", code=1)
+    run_training(train, flags)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def main():
     model = build(hellaswag, torch.float32)
     ways = {("plain", "float32"): (plain, model)}
     for dtype in dict.fromkeys((torch.float32, auto)):
-        made = build(hellaswag, dtype)
+        made = build(hellaswag, dtype).pack()
         ways["hellaswag.py", str(dtype)[6:]] = (lambda *rest: ours(hellaswag, *rest), made)
     for way, made in ways.values():  # the first products are slow
         way(made, encode, rows[:2])

@@ -74,11 +74,13 @@ def test_scripts_import_no_other_script():
 
 def test_inline_metadata_names_the_requirements():
     wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    for path in ROOT.glob("*.py"):
+    for path in scripts():
         metadata = re.search(r"^# /// script\n(.*?)^# ///$", path.read_text(encoding="utf-8"), re.M | re.S)
         assert metadata, f"{path.name} has no PEP 723 metadata"
         listed = re.search(r"^# dependencies = (\[.*\])$", metadata[1], re.M)
-        assert ast.literal_eval(listed[1]) == wanted, path.name
+        found = ast.literal_eval(listed[1])
+        more = found[len(wanted) :] if path.parent.name == "runs" else []  # a tool there may need another package
+        assert found == wanted + more, path.name
 
 
 if __name__ == "__main__":

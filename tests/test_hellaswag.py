@@ -432,21 +432,22 @@ def test_without_a_network_there_is_a_line(work, offline):
 # --- mistakes ---
 
 
-def main(monkeypatch, *flags):
-    """hellaswag.py in this process."""
+def main(monkeypatch, *flags, code=0):
+    """hellaswag.py in this process, which ends with this exit code."""
     flags = ["hellaswag.py", "--device", "cpu", "--dtype", "float32", *flags]
     monkeypatch.setattr(sys, "argv", list(map(str, flags)))
     script.progress.next = 0.0
-    script.run(script.main)
+    with pytest.raises(SystemExit) as end:
+        script.run(script.main)
+    assert end.value.code == code
 
 
 def refused(monkeypatch, capsys, *flags):
     """The line that a mistake gets: the only one, but for a download's progress."""
-    with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, *flags)
+    main(monkeypatch, *flags, code=2)
     said = capsys.readouterr()
     message = [line for line in said.err.splitlines() if " of 1 files " not in line]
-    assert stop.value.code == 2 and len(message) == 1 and message[0].startswith("hellaswag.py: "), said.err
+    assert len(message) == 1 and message[0].startswith("hellaswag.py: "), said.err
     assert "±" not in said.out
     return message[0]
 
