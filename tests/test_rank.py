@@ -282,6 +282,12 @@ def test_every_group_is_asked_for_twice_in_reversed_order(rank, judge):
     assert "BEST_ANSWER:[X]\nREASONING:[" in body["messages"][1]["content"]
 
 
+def test_stories_of_one_opening_come_together():
+    stories = [dict(id=i, prompt="AB"[i % 2]) for i in range(10)]
+    groups = [sorted(story["id"] for story in group.values()) for group in script.make_groups(stories, 1)]
+    assert groups == [[0, 2, 4, 6], [1, 3, 5, 8], [7, 9]]
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_orders_give_every_story_every_place(n):
     votes = [script.order_of(1, 5, vote, n) for vote in range(3 * n)]
