@@ -282,6 +282,12 @@ def test_every_group_is_asked_for_twice_in_reversed_order(rank, judge):
     assert "BEST_ANSWER:[X]\nREASONING:[" in body["messages"][1]["content"]
 
 
+def test_stories_of_one_opening_come_together():
+    stories = [dict(id=i, prompt="AB"[i % 2]) for i in range(10)]
+    groups = [sorted(story["id"] for story in group.values()) for group in script.make_groups(stories, 1)]
+    assert groups == [[0, 2, 4, 6], [1, 3, 5, 8], [7, 9]]
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_orders_give_every_story_every_place(n):
     votes = [script.order_of(1, 5, vote, n) for vote in range(3 * n)]
@@ -324,14 +330,14 @@ def test_a_tie_is_broken_by_one_more_vote(rank, judge):
 
 def test_the_reasoning_is_that_of_a_vote_for_the_winner(rank, judge):
     write_stories(pathlib.Path("stories.jsonl"), 4)
-    replies = iter("AAC")  # of ABCD, DCBA, BDAC
+    replies = iter("BDC")  # of ABCD, DCBA, BDAC
     judge.reply = lambda shown: f"BEST_ANSWER:[{(place := next(replies))}]\nREASONING:[said of place {place}]"
     assert rank("--concurrency", 1)[0] == 0
     [row] = lines("ranked.jsonl")
-    assert row["best"] == "A" and row["reasoning"] == "said of place A"
+    assert row["best"] == "A" and row["reasoning"] == "said of place D (this vote was shown DCBA as ABCD)"
     assert [(vote["order"], vote["answer"], vote["best"]) for vote in row["votes"]] == [
-        ("ABCD", "A", "A"),
-        ("DCBA", "A", "D"),
+        ("ABCD", "B", "B"),
+        ("DCBA", "D", "A"),
         ("BDAC", "C", "A"),
     ]
 
@@ -880,7 +886,7 @@ def test_ctrl_c_finishes_what_was_sent(fork, judge):
 
 def test_ctrl_c_twice_ends_at_once(fork, judge):
     stories = write_stories(pathlib.Path("stories.jsonl"), 800)
-    pid, wait = fork("--concurrency", 4)
+    pid, wait = fork("--concurrency", 4, "--timeout", 300)
     until(lambda: len(judge.asked) >= 5)
     judge.latency = 100
     time.sleep(0.1)
