@@ -6,7 +6,7 @@
 #     bash runs/ghoul.sh --dpo         with one more stage: learning from the judgements themselves
 #
 # Beforehand: creepypastas.xlsx, from Kaggle by hand (the script says how), and a key of OpenAI in OPENAI_API_KEY.
-# GPUS=4 takes so many instead of all. Everything goes to out/ghoul.
+# GPUS=4 takes so many instead of all, as many as divide the 480 rows of a step. Everything goes to out/ghoul.
 #
 # What to expect. All of this is computed, not measured: nobody has run this script from end to end.
 #   FLOPs       1,549,467,648 parameters, tied, so all of them multiply: 6 x 1,549,467,648 = 9.297e9 a token, and
@@ -17,8 +17,9 @@
 #               original reports about 8 hours on 8 H100 for this, which would be 34%.
 #   Money       6.8 hours x 8 GPUs = 54 GPU hours: 108 to 162 dollars at 2 to 3 dollars (assumed) for an hour of one;
 #               in the 8 hours of the original 128 to 192. Validation, HellaSwag, stories and saving come on top.
-#               Fine-tuning on 3 x 8.7 M tokens is 0.3% of it: 0.35% of the tokens.
-#   The judge   RANKPRICE
+#               Fine-tuning on 3 x 8.7 M tokens adds 0.35%.
+#   The judge   about 0.83 dollars for 200 requests and a few more for votes that are split: `rank.py --dry_run` on 400
+#               made-up stories of 225 words, at OpenAI's prices of August 2025. Reading aloud is not counted.
 #   Disk        15 GB of shards. A checkpoint to go on from is 12.7 GB (weights and momenta in fp32), two stay and a
 #               third is being written; 16 milestones of 6.2 GB; then 12.7 GB for each of the two or three
 #               fine-tunings: some 200 GB in all.
@@ -35,7 +36,7 @@ for flag in "$@"; do
     esac
 done
 gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
-[[ $gpus =~ ^[0-9]+$ ]] || refuse "GPUS='$gpus' is not a number"
+[[ $gpus =~ ^(0|[1-9][0-9]*)$ ]] || refuse "GPUS='$gpus' is not a number"
 python=${PYTHON:-$(command -v .venv/bin/python || echo python3)}
 torchrun="$python -m torch.distributed.run --standalone --nproc_per_node=$((gpus > 0 ? gpus : 8))"
 
@@ -44,7 +45,8 @@ if [ -z "$dry_run" ]; then
     [ -e creepypastas.xlsx ] || refuse "creepypastas.xlsx is not here: download the dataset thomaskonstantin/3500-popular-creepypastas at kaggle.com (it takes an account), unpack it, and put that file beside README.md"
     [ -n "${OPENAI_API_KEY:-}" ] || refuse "the environment variable OPENAI_API_KEY is not set: gpt-4o is the judge and reads the story aloud"
     "$python" -c "import openpyxl" 2>/dev/null || refuse "reading .xlsx takes one more package: $python -m pip install openpyxl"
-    [ "$gpus" != 0 ] || refuse "nvidia-smi lists no GPU here, and a CPU would take centuries; GPUS=1 goes ahead all the same"
+    [ "$gpus" != 0 ] || refuse "nvidia-smi lists no GPU here; GPUS=1 goes ahead all the same"
+    [ $((480 % gpus)) = 0 ] || refuse "$gpus GPUs do not divide the 480 rows of a step; GPUS=N takes N of them"
 fi
 
 run() { # shows a command and carries it out

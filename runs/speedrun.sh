@@ -5,6 +5,8 @@
 #     bash runs/speedrun.sh --dry_run 4 5   only prints the commands for these
 #
 # GPUS=4 takes so many instead of all. Interrupted, the same line goes on; its clock does too.
+# Computed, not measured: all 4,600 steps are 2.06e18 FLOPs, 11 minutes on 8 H100 (989 TFLOP/s each) if 40% of their
+# peak is reached. Whether 3.28 is reached within them is for the first run on GPUs to show.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,9 +17,9 @@ for seed in "$@"; do
     [[ $seed =~ ^[0-9]+$ ]] || { echo "runs/speedrun.sh: '$seed' is not a seed; usage: bash runs/speedrun.sh [--dry_run] [SEED...]" >&2; exit 2; }
 done
 gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
-[[ $gpus =~ ^[0-9]+$ ]] || { echo "runs/speedrun.sh: GPUS='$gpus' is not a number" >&2; exit 2; }
+[[ $gpus =~ ^(0|[1-9][0-9]*)$ ]] || { echo "runs/speedrun.sh: GPUS='$gpus' is not a number" >&2; exit 2; }
 if [ "$gpus" = 0 ] && [ -z "$dry_run" ]; then
-    echo "runs/speedrun.sh: nvidia-smi lists no GPU here, and a CPU would take years; GPUS=1 goes ahead all the same" >&2
+    echo "runs/speedrun.sh: nvidia-smi lists no GPU here; GPUS=1 goes ahead all the same" >&2
     exit 2
 fi
 python=${PYTHON:-$(command -v .venv/bin/python || echo python3)}
