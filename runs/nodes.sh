@@ -36,7 +36,7 @@ usage() { echo "runs/nodes.sh: $1; usage: bash runs/nodes.sh HOST:PORT NODES [fl
 meet=$1 nodes=$2
 shift 2
 gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
-[[ $gpus =~ ^[0-9]+$ ]] || usage "GPUS='$gpus' is not a number of processes"
+[[ $gpus =~ ^(0|[1-9][0-9]*)$ ]] || usage "GPUS='$gpus' is not a number of processes"
 python=${PYTHON:-$(command -v .venv/bin/python || echo python3)}
 
 # Without this, torchrun keeps one store for all attempts, and a machine that comes back reads addresses of dead ones.
