@@ -80,7 +80,7 @@ def test_commands_in_docstrings_are_understood():
 def test_flags_and_files_in_sentences_exist():
     from torch.distributed.run import get_args_parser
 
-    sources, files = "\n".join(map(read, SCRIPTS)), listed()
+    files, sources = listed(), "\n".join(read(path) for path in SCRIPTS if path.parent.name != "tests")
     folders = [f"{parent}/" for name in files for parent in pathlib.PurePath(name).parents]
     names = {pathlib.PurePath(name).name for name in files}
     known, missing = get_args_parser().format_help(), []
