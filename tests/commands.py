@@ -65,9 +65,8 @@ def commands(text):
                 found.append((start, text[start:position]))
                 start = position + 1
     found.append((start, text[start:]))
-    return [
-        (text.count("\n", 0, start), command) for start, command in found if re.search(r"^\s*[^#\s]", command, re.M)
-    ]
+    found = [(start, command) for start, command in found if re.search(r"^\s*[^#\s]", command, re.M)]
+    return [(text.count("\n", 0, start), command) for start, command in found]
 
 
 def documented(docstring):
@@ -77,7 +76,7 @@ def documented(docstring):
 
 
 def parse(command, names=None):
-    """Raise a ValueError when a command would not be understood; names holds the shell's variables, and gets new ones."""
+    """Raise a ValueError when a command would not be understood; names, the shell's variables, gets those it sets."""
     names, words = {} if names is None else names, []
     for _, token in [*tokens(command), (0, "\n")]:
         if token not in ("\n", ";", "&&", "||"):
