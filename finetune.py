@@ -57,7 +57,7 @@ FREE = (
 def get_flags():
     flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add, whole, real = flags.add_argument, (lambda low: number(int, low)), (lambda low: number(float, low))
-    add("--init", required=True, metavar="CHECKPOINT", help="the .pt to begin with")
+    add("--init", type=checkpoint_path, required=True, help="the .pt to begin with, or the folder of a run: its newest")
     add("--data", required=True, help="stories: .txt, .jsonl or a pattern of shards (*.bin); a ranked .jsonl for dpo")
     add("--method", default="sft", choices=["sft", "dpo"], help="learn to write such stories, or learn from judgements")
     add("--out_dir", default="out/finetune", help="where logs, stories and checkpoints go")
@@ -749,6 +749,19 @@ def save_checkpoint(path, checkpoint):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
 
 
 def load_checkpoint(path):
