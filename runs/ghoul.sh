@@ -72,22 +72,22 @@ run "$torchrun --max-restarts=3 train_gpt.py --preset 1.5B --milestone_every 100
 # HellaSwag over the milestones, beside the published figures of GPT-2 and GPT-3
 run "$torchrun hellaswag.py out/ghoul/gpt/milestone_*.pt --details out/ghoul/hellaswag.jsonl"
 
-# fine-tuning: three passes over the CreepyPasta stories (--keep 1: one checkpoint, so that ckpt_*.pt is its name)
-run "$torchrun finetune.py --init out/ghoul/gpt/ckpt_015258.pt --data out/ghoul/stories.txt --out_dir out/ghoul/finetune --keep 1 --resume"
+# fine-tuning: three passes over the CreepyPasta stories (the folder of a run stands for its newest checkpoint)
+run "$torchrun finetune.py --init out/ghoul/gpt --data out/ghoul/stories.txt --out_dir out/ghoul/finetune --resume"
 
 # 400 stories
-run "$python sample.py out/ghoul/finetune/ckpt_*.pt --prompt $opening --num 400 --max_new_tokens 300 --out out/ghoul/400.jsonl"
+run "$python sample.py out/ghoul/finetune --prompt $opening --num 400 --max_new_tokens 300 --out out/ghoul/400.jsonl"
 
 # gpt-4o chooses the scariest of every four: ranked.jsonl, and the winners in best.jsonl; never more than 5 dollars
 run "$python rank.py out/ghoul/400.jsonl --out out/ghoul/ranked.jsonl --max_cost 5"
 
 # fine-tuning on the winners: 50,000 tokens, as for all stories that a model wrote
-run "$python finetune.py --init out/ghoul/finetune/ckpt_*.pt --data out/ghoul/best.jsonl --out_dir out/ghoul/best --keep 1 --resume"
+run "$python finetune.py --init out/ghoul/finetune --data out/ghoul/best.jsonl --out_dir out/ghoul/best --resume"
 
 # what the original did not have: learning from winners and losers (DPO)
 if [ -n "$dpo" ]; then
-    run "$python finetune.py --init out/ghoul/finetune/ckpt_*.pt --data out/ghoul/ranked.jsonl --method dpo --out_dir out/ghoul/dpo --keep 1 --resume"
+    run "$python finetune.py --init out/ghoul/finetune --data out/ghoul/ranked.jsonl --method dpo --out_dir out/ghoul/dpo --resume"
 fi
 
 # a story, read aloud
-make out/ghoul/story.mp3 "$python sample.py out/ghoul/best/ckpt_*.pt --prompt $opening --narrate out/ghoul/story.mp3"
+make out/ghoul/story.mp3 "$python sample.py out/ghoul/best --prompt $opening --narrate out/ghoul/story.mp3"

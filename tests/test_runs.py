@@ -68,9 +68,8 @@ def test_the_journey_has_all_stages_and_each_reads_what_one_before_has_written()
         if "rank.py" in words:
             made.add("out/ghoul/best.jsonl")
     preset = PRESETS["1.5B"]
-    assert f"ckpt_{preset['max_iters']:06d}.pt" in lines[5] and value(lines[3], "--preset") == "1.5B"
+    assert value(lines[3], "--preset") == "1.5B"
     assert int(lines[2].split()[-1]) * 10**8 > preset["max_iters"] * preset["total_batch_size"]
-    assert all(value(line, "--keep") == "1" for line in lines if "finetune.py" in line)  # ckpt_*.pt is one file
 
 
 def test_a_speedrun_is_of_the_seeds_that_are_named():
