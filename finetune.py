@@ -63,7 +63,7 @@ def get_flags():
     add("--out_dir", default="out/finetune", help="where logs, stories and checkpoints go")
     add("--epochs", type=number(float, 0, 10_000), help="passes over the data; not given: 3 in sft, 2 in dpo")
     add("--max_tokens", type=whole(1), help="of sft, instead of passes; not given: 50,000 for stories by a model")
-    add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.3 in dpo")
+    add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.2 in dpo")
     add("--matrix_lr", type=real(0), help="Muon's rate in pretraining; this one and those below, not given: as it was")
     add("--down_lr", type=real(0), help="Muon's rate for the MLP's second matrix")
     add("--embed_lr", type=real(0), help="AdamW's rate for the embedding")
@@ -1368,7 +1368,7 @@ def settle(flags, base, config, size):
         if getattr(flags, key) is None:
             taken += [key] if key not in theirs else []
             setattr(flags, key, theirs.get(key, value))
-    flags.lr_scale = (0.1 if sft else 0.3) if flags.lr_scale is None else flags.lr_scale
+    flags.lr_scale = (0.1 if sft else 0.2) if flags.lr_scale is None else flags.lr_scale
     if not flags.lr_scale or not any((flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)):
         fail(f"--lr_scale {flags.lr_scale:g}: nothing would be learned; rates and scale must be above 0")
 
