@@ -43,13 +43,13 @@ begun=$SECONDS
 stage bigram "the tales, and a bigram model of their characters" \
     $python train_char.py --model bigram --out_dir out/demo/bigram --max_new_tokens $length
 stage char "a small transformer on the same characters" \
-    $python train_char.py --out_dir out/demo/char --max_iters $char_iters --max_new_tokens $length
+    $python train_char.py --out_dir out/demo/char --max_iters $char_iters --val_loss_every $((char_iters / 5)) --max_new_tokens $length
 stage shards "everyday prose, as shards of bytes" \
     $python data/prepare.py data/plain.txt --tokenizer bytes --out out/demo/plain --overwrite
 stage gpt "pretraining on everyday prose" \
     $python train_gpt.py --preset demo ${small[@]+"${small[@]}"} --max_iters $iters --warmdown_iters $((iters / 2)) --out_dir out/demo/gpt \
     --train_files "out/demo/plain_train_*.bin" --val_files "out/demo/plain_val_*.bin" --max_new_tokens $length \
-    --val_loss_every $((iters / 3)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 50 --resume
+    --val_loss_every $((iters / 20)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 50 --resume
 stage tales "fine-tuning on the tales" \
     $python finetune.py --init out/demo/gpt --data data/tales.txt --out_dir out/demo/tales --lr_scale 0.5 \
     --epochs $tales_passes --max_new_tokens $length --save_every 50 --resume
