@@ -143,22 +143,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -212,6 +216,8 @@ def get_tokenizer(spec):
     if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
         fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
+    if len(set(chars)) < len(chars):
+        fail("the checkpoint's tokenizer has a character twice")
     special = {"<|endoftext|>": 256} if spec == "bytes" else {}
     ranks = {c: i for i, c in enumerate(chars)}
     return tiktoken.Encoding(
@@ -725,7 +731,7 @@ class Optimizer:
 # --- end of optimizer ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
+# --- save checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def save_checkpoint(path, checkpoint):
@@ -745,6 +751,12 @@ def save_checkpoint(path, checkpoint):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+# --- end of save checkpoint ---
+
+
+# --- load checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def load_checkpoint(path):
@@ -780,13 +792,16 @@ def load_model(path, checkpoint, device, dtype, weights=torch.float32):
         model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    tokens = get_tokenizer(checkpoint["tokenizer"]).n_vocab
+    if tokens != model.config.vocab_size:
+        fail(f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer {tokens}")
     for p in model.parameters():
         p.data = p.data.to(device, weights)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     return model.eval()
 
 
-# --- end of checkpoint ---
+# --- end of load checkpoint ---
 
 
 # --- generate: the same in every script (tests/test_copies.py) ---
@@ -823,13 +838,14 @@ def generate(
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
-    draws = np.stack([np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys])
-    draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # (B, N) in [0, 1)
+    chances = [np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)) for i in indices]
     texts, rows = [list(p) for p in prompts], list(range(len(prompts)))
     space = min(window, max(map(len, texts)) + max_new_tokens)
     cache = KVCache(model.config, len(rows), space, device, model.dtype)
     for step in range(max_new_tokens):
+        if step % 1024 == 0:
+            draws = np.stack([chance.random_raw(1024) for chance in chances])
+            draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # in [0, 1)
         unread = {}  # {text: its rows}: each different text is read once, all but its last token
         for i, r in enumerate(rows):
             if step == 0 or cache.lengths[i] == window:
@@ -846,7 +862,7 @@ def generate(
                     cache.copy(i, read, j)
         idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
         logits = model(idx, cache=cache)[:, -1]
-        tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
+        tokens = sample(logits, draws[rows, step % 1024], temperature, top_k, top_p).tolist()
         for r, token in zip(rows, tokens):
             texts[r].append(token)
         yield list(zip(rows, tokens))
@@ -955,7 +971,8 @@ class Shards:
             start = 1024 + 2 * (self.counts[i] - left)
             part = np.memmap(self.paths[i], "<u2", "r", offset=start, shape=min(n, left))
             if part.max() >= self.vocab_size:
-                fail(f"{self.paths[i]}: token {part.max()} is outside the vocabulary of {self.vocab_size}", code=1)
+                code = 1 if dist.is_initialized() else 2  # of several ranks, only this one may have met it
+                fail(f"{self.paths[i]}: token {part.max()} is outside the vocabulary of {self.vocab_size}", code)
             parts.append(part)
             position, n = position + len(part), n - len(part)
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -989,6 +1006,12 @@ def checkpoints(out_dir):
     paths = glob.glob(os.path.join(glob.escape(out_dir), "ckpt_*.pt"))
     steps = {path: int(found[1]) for path in paths if (found := re.search(r"ckpt_(\d+)\.pt$", path))}
     return sorted(steps, key=steps.get, reverse=True)
+
+
+def weights_of(out_dir):
+    """All files of weights that runs left in a folder."""
+    names = glob.glob("*.pt", root_dir=out_dir)
+    return [os.path.join(out_dir, name) for name in names if re.fullmatch(r"((ckpt|milestone)_\d+|best)\.pt", name)]
 
 
 def last_good(out_dir):
@@ -1086,18 +1109,19 @@ def take_folder(flags):
         fail(f"--out_dir {flags.out_dir}: {error.strerror}")
     if not os.access(flags.out_dir, os.W_OK):
         fail(f"--out_dir {flags.out_dir}: nothing can be written there")
-    if checkpoints(flags.out_dir) and not (flags.resume or flags.overwrite):
+    if weights_of(flags.out_dir) and not (flags.resume or flags.overwrite):
         fail(f"--out_dir {flags.out_dir}: holds an earlier run; --resume goes on with it, --overwrite removes it")
 
 
-def clear_folder(out_dir, step):
-    """Remove what an interrupted save left, and what came after `step` of the run; without a step, its checkpoints."""
-    for path in glob.glob(os.path.join(glob.escape(out_dir), "*.pt.*.tmp")):
+def clear_folder(flags, resumed, step):
+    """Remove what an interrupted save left, and of an earlier run what came after `step`, or with --overwrite all."""
+    for path in glob.glob(os.path.join(glob.escape(flags.out_dir), "*.pt.*.tmp")):
         os.remove(path)
-    for path in checkpoints(out_dir) if step is None else []:
-        os.remove(path)
-    if step is not None:
-        rewind(out_dir, step)
+    if resumed:
+        rewind(flags.out_dir, step)
+    elif flags.overwrite:
+        for path in weights_of(flags.out_dir):
+            os.remove(path)
 
 
 def save_model(path, model, tokenizer, flags, step, train):
@@ -1352,7 +1376,8 @@ def settle(flags, base, config, size):
             taken += [key] if key not in theirs else []
             setattr(flags, key, theirs.get(key, value))
     flags.lr_scale = (0.1 if sft else 0.3) if flags.lr_scale is None else flags.lr_scale
-    if not flags.lr_scale or not any((flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)):
+    used = ("matrix_lr", "down_lr", "embed_lr") + (() if config.tie_weights else ("head_lr",))
+    if not flags.lr_scale or not any(getattr(flags, key) for key in used):
         fail(f"--lr_scale {flags.lr_scale:g}: nothing would be learned; rates and scale must be above 0")
 
     if flags.max_tokens and (flags.epochs is not None or not sft):
@@ -1424,8 +1449,6 @@ def train(flags):
     about = dict(parent=parent, data=fingerprint([*parts, *(piece for story in stories for piece in story)]))
     best = os.path.join(out_dir, "best.pt")
     take_folder(flags)
-    if os.path.exists(best) and not (flags.resume or flags.overwrite):
-        fail(f"{best}: is there from an earlier run; --overwrite removes it")
 
     rates = [flags.lr_scale * rate for rate in (flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)]
     settings = flags.momentum, flags.weight_decay, (flags.beta1, flags.beta2), dtype, flags.ns_steps
@@ -1489,9 +1512,7 @@ def train(flags):
     nothing = [0] * (1 + len(names))  # steps since the last validation, and the sums of their means
     step, train_time, best_loss, waited, since = resumed["next"] if resumed else (0, 0.0, math.inf, 0, nothing)
     if rank == 0:
-        clear_folder(out_dir, step if resumed else None)
-        if not resumed and os.path.exists(best):
-            os.remove(best)
+        clear_folder(flags, resumed, step)
     log = Log(out_dir, device, "a" if resumed else "w")
     log.line(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks} x {device.type} in {str(dtype)[6:]}; "

@@ -18,7 +18,6 @@ once, and what is there is not computed again: stopped, the same command goes on
 # ///
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -104,22 +103,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -173,6 +176,8 @@ def get_tokenizer(spec):
     if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
         fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
+    if len(set(chars)) < len(chars):
+        fail("the checkpoint's tokenizer has a character twice")
     special = {"<|endoftext|>": 256} if spec == "bytes" else {}
     ranks = {c: i for i, c in enumerate(chars)}
     return tiktoken.Encoding(
@@ -519,26 +524,7 @@ class GPT(nn.Module):
 # --- end of model ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a dict of plain values and tensors so that `path` is at every moment either the old file or the new one.
-
-    Exits with code 1 when the disk refuses; the old file then still stands.
-    """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+# --- load checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def load_checkpoint(path):
@@ -574,13 +560,16 @@ def load_model(path, checkpoint, device, dtype, weights=torch.float32):
         model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    tokens = get_tokenizer(checkpoint["tokenizer"]).n_vocab
+    if tokens != model.config.vocab_size:
+        fail(f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer {tokens}")
     for p in model.parameters():
         p.data = p.data.to(device, weights)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     return model.eval()
 
 
-# --- end of checkpoint ---
+# --- end of load checkpoint ---
 
 
 # --- download: the same in every script (tests/test_copies.py) ---

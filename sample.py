@@ -106,22 +106,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -175,6 +179,8 @@ def get_tokenizer(spec):
     if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
         fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
+    if len(set(chars)) < len(chars):
+        fail("the checkpoint's tokenizer has a character twice")
     special = {"<|endoftext|>": 256} if spec == "bytes" else {}
     ranks = {c: i for i, c in enumerate(chars)}
     return tiktoken.Encoding(
@@ -521,26 +527,7 @@ class GPT(nn.Module):
 # --- end of model ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a dict of plain values and tensors so that `path` is at every moment either the old file or the new one.
-
-    Exits with code 1 when the disk refuses; the old file then still stands.
-    """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+# --- load checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def load_checkpoint(path):
@@ -576,13 +563,16 @@ def load_model(path, checkpoint, device, dtype, weights=torch.float32):
         model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    tokens = get_tokenizer(checkpoint["tokenizer"]).n_vocab
+    if tokens != model.config.vocab_size:
+        fail(f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer {tokens}")
     for p in model.parameters():
         p.data = p.data.to(device, weights)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     return model.eval()
 
 
-# --- end of checkpoint ---
+# --- end of load checkpoint ---
 
 
 # --- generate: the same in every script (tests/test_copies.py) ---
@@ -619,13 +609,14 @@ def generate(
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
-    draws = np.stack([np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys])
-    draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # (B, N) in [0, 1)
+    chances = [np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)) for i in indices]
     texts, rows = [list(p) for p in prompts], list(range(len(prompts)))
     space = min(window, max(map(len, texts)) + max_new_tokens)
     cache = KVCache(model.config, len(rows), space, device, model.dtype)
     for step in range(max_new_tokens):
+        if step % 1024 == 0:
+            draws = np.stack([chance.random_raw(1024) for chance in chances])
+            draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # in [0, 1)
         unread = {}  # {text: its rows}: each different text is read once, all but its last token
         for i, r in enumerate(rows):
             if step == 0 or cache.lengths[i] == window:
@@ -642,7 +633,7 @@ def generate(
                     cache.copy(i, read, j)
         idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
         logits = model(idx, cache=cache)[:, -1]
-        tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
+        tokens = sample(logits, draws[rows, step % 1024], temperature, top_k, top_p).tolist()
         for r, token in zip(rows, tokens):
             texts[r].append(token)
         yield list(zip(rows, tokens))

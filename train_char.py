@@ -127,22 +127,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -627,7 +631,7 @@ class Optimizer:
 # --- end of optimizer ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
+# --- save checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def save_checkpoint(path, checkpoint):
@@ -649,46 +653,7 @@ def save_checkpoint(path, checkpoint):
             os.remove(temporary)
 
 
-def load_checkpoint(path):
-    """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged files raise nearly everything
-        unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
-        fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
-        fail(f"{path}: is not a checkpoint of these scripts (no 'format': 1)")
-    for key in ("config", "tokenizer", "model"):
-        if key not in checkpoint:
-            fail(f"{path}: is a checkpoint without '{key}'")
-    return checkpoint
-
-
-def load_model(path, checkpoint, device, dtype, weights=torch.float32):
-    """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint["config"])
-    if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
-    try:
-        with torch.device("meta"):  # nothing is initialised only to be replaced
-            model = GPT(Config(**config), dtype)
-        model.load_state_dict(checkpoint["model"], assign=True)
-        model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
-    for p in model.parameters():
-        p.data = p.data.to(device, weights)
-    model.cos, model.sin = model.cos.to(device), model.sin.to(device)
-    return model.eval()
-
-
-# --- end of checkpoint ---
+# --- end of save checkpoint ---
 
 
 # --- generate: the same in every script (tests/test_copies.py) ---
@@ -725,13 +690,14 @@ def generate(
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
-    draws = np.stack([np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys])
-    draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # (B, N) in [0, 1)
+    chances = [np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)) for i in indices]
     texts, rows = [list(p) for p in prompts], list(range(len(prompts)))
     space = min(window, max(map(len, texts)) + max_new_tokens)
     cache = KVCache(model.config, len(rows), space, device, model.dtype)
     for step in range(max_new_tokens):
+        if step % 1024 == 0:
+            draws = np.stack([chance.random_raw(1024) for chance in chances])
+            draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # in [0, 1)
         unread = {}  # {text: its rows}: each different text is read once, all but its last token
         for i, r in enumerate(rows):
             if step == 0 or cache.lengths[i] == window:
@@ -748,7 +714,7 @@ def generate(
                     cache.copy(i, read, j)
         idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
         logits = model(idx, cache=cache)[:, -1]
-        tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
+        tokens = sample(logits, draws[rows, step % 1024], temperature, top_k, top_p).tolist()
         for r, token in zip(rows, tokens):
             texts[r].append(token)
         yield list(zip(rows, tokens))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_model import random_model
 
-import train_char as script
+import finetune as script
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -93,7 +93,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(tmp_path):
     path = tmp_path / "ckpt.pt"
     script.save_checkpoint(str(path), checkpoint_of(random_model()))
     before = path.read_bytes()
-    code = f"import train_char, torch; train_char.save_checkpoint({str(path)!r}, {{'x': torch.zeros(1000000)}})"
+    code = f"import finetune, torch; finetune.save_checkpoint({str(path)!r}, {{'x': torch.zeros(1000000)}})"
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
