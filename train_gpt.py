@@ -472,7 +472,7 @@ class GPT(nn.Module):
     """
 
     # While the loss is taken: few logits at once, which stay in a CPU's cache, but enough rows for fast products.
-    logits_at_once, least_rows = {"cpu": 2**22, "cuda": 2**29, "mps": 2**25}, 512
+    logits_at_once, least_rows = {"cpu": 2**20, "cuda": 2**29, "mps": 2**25}, 512
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
@@ -570,18 +570,22 @@ class GPT(nn.Module):
     def loss_and_gradients(self, x, weight, targets):
         """Sum of the cross-entropies of rows x (N, C), and its gradients with respect to x and weight (rows, C)."""
         V, cap = self.config.vocab_size, self.config.logit_softcap
-        logits = F.linear(x, weight)[:, :V].float()  # (N, V)
-        slope = 1.0
-        if cap:
-            tanh = logits.div_(cap).tanh_()
-            logits, slope = tanh * cap, tanh.square_().neg_().add_(1)
-        logp = logits.log_softmax(-1)
-        targets, counted = targets[:, None].clamp(min=0), targets[:, None] >= 0  # (N, 1)
-        loss = -(logp.gather(-1, targets) * counted).sum()
-        p, right = logp.exp_(), torch.arange(V, device=x.device) == targets  # (N, V)
-        grad = torch.where(right, p - 1, p).mul_(counted).mul_(slope).to(x.dtype)
-        grad = F.pad(grad, (0, len(weight) - V))
-        return loss, grad @ weight, grad.mT @ x
+        grads, total, slope = F.linear(x, weight), 0.0, 1.0  # first the logits (N, rows); their gradients replace them
+        few = max(1, self.logits_at_once[x.device.type] // V)
+        if torch.compiler.is_compiling():  # then it is one pass over the logits anyway
+            few = len(x)
+        for grad, t in zip(grads.split(few), targets.split(few)):
+            logits = grad[:, :V].float()  # (n, V)
+            if cap:
+                tanh = logits.div_(cap).tanh_()
+                logits, slope = tanh * cap, tanh.square_().neg_().add_(1)
+            logp = logits.log_softmax(-1)
+            t, counted = t[:, None].clamp(min=0), t[:, None] >= 0  # (n, 1)
+            total = total - (logp.gather(-1, t) * counted).sum()
+            p, right = logp.exp_(), torch.arange(V, device=x.device) == t  # (n, V)
+            grad[:, :V] = torch.where(right, p - 1, p).mul_(counted).mul_(slope)
+            grad[:, V:] = 0
+        return total, grads @ weight, grads.mT @ x
 
     def forward(self, idx, targets=None, cache=None, lengths=None, reduction="mean"):
         """Logits of tokens idx (B, T), or with targets (B, T) their loss in nats; targets of -1 are passed over.
