@@ -56,42 +56,40 @@ FREE = (
 
 def get_flags():
     flags, yes_no = Flags(), argparse.BooleanOptionalAction
-    add, whole, real = flags.add_argument, (lambda low: number(int, low)), (lambda low: number(float, low))
+    add = flags.add_argument
     add("--init", required=True, metavar="CHECKPOINT", help="the .pt to begin with")
     add("--data", required=True, help="stories: .txt, .jsonl or a pattern of shards (*.bin); a ranked .jsonl for dpo")
     add("--method", default="sft", choices=["sft", "dpo"], help="learn to write such stories, or learn from judgements")
     add("--out_dir", default="out/finetune", help="where logs, stories and checkpoints go")
     add("--epochs", type=number(float, 0, 10_000), help="passes over the data; not given: 3 in sft, 2 in dpo")
-    add("--max_tokens", type=whole(1), help="of sft, instead of passes; not given: 50,000 for stories by a model")
+    add("--max_tokens", type=number(int, 1), help="of sft, instead of passes; not given: 50,000 for stories by a model")
     add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.3 in dpo")
-    add("--matrix_lr", type=real(0), help="Muon's rate in pretraining; this one and those below, not given: as it was")
-    add("--down_lr", type=real(0), help="Muon's rate for the MLP's second matrix")
-    add("--embed_lr", type=real(0), help="AdamW's rate for the embedding")
-    add("--head_lr", type=real(0), help="AdamW's rate for the head, unless it is tied")
-    add("--weight_decay", type=real(0), help="of the matrices, times their rate")
+    add("--matrix_lr", type=number(float, 0), help="Muon's rate; down to --ns_steps, not given means as in pretraining")
+    add("--down_lr", type=number(float, 0), help="Muon's rate for the MLP's second matrix")
+    add("--embed_lr", type=number(float, 0), help="AdamW's rate for the embedding")
+    add("--head_lr", type=number(float, 0), help="AdamW's rate for the head, unless it is tied")
+    add("--weight_decay", type=number(float, 0), help="of the matrices, times their rate")
     add("--momentum", type=number(float, 0, 0.9999), help="Muon's")
     add("--beta1", type=number(float, 0, 0.9999), help="AdamW's")
     add("--beta2", type=number(float, 0, 0.99999), help="AdamW's")
     add("--ns_steps", type=number(int, 1, 5), help="Muon's iterations")
     add("--warmup_share", type=number(float, 0, 1), default=0.05, help="first share of the steps: the rates rise")
     add("--warmdown_share", type=number(float, 0, 1), default=1.0, help="last share of them: the rates fall to 0")
-    add("--block_size", type=whole(1), help="tokens in a row, at most the checkpoint's window; not given: all of it")
-    add("--batch_size", type=whole(1), help="most rows that a device takes at once; not given: as in pretraining")
-    add("--total_batch_size", type=whole(1), help="tokens a step of sft; not given: for 100 steps or more")
-    add("--pairs", type=whole(1), default=24, help="pairs of stories a step of dpo")
-    add("--beta", type=real(0), default=0.03, help="of dpo: the larger, the closer to the first weights")
+    add("--block_size", type=number(int, 1), help="tokens in a row; not given: the whole window of the checkpoint")
+    add("--batch_size", type=number(int, 1), help="most rows that a device takes at once; not given: as in pretraining")
+    add("--total_batch_size", type=number(int, 1), help="tokens a step of sft; not given: for 100 steps or more")
+    add("--pairs", type=number(int, 1), default=24, help="pairs of stories a step of dpo")
+    add("--beta", type=number(float, 0), default=0.03, help="of dpo: the larger, the closer to the first weights")
     add("--against", default="all", choices=["all", "one"], help="dpo: the winner against each loser, or one by chance")
-    add(
-        "--val_share", type=number(float, 0, 0.9), default=0.05, help="of the stories or groups, held out; at least one"
-    )
-    add("--val_loss_every", type=whole(0), help="steps between validations; 0: at the end only; not given: 10 in all")
-    add("--patience", type=whole(0), default=0, help="end after as many validations without a lower loss; 0: never")
-    add("--sample_every", type=whole(0), help="steps between stories; 0: never; not given: 3 in all")
+    add("--val_share", type=number(float, 0, 0.9), default=0.05, help="of the stories or groups, held out: one or more")
+    add("--val_loss_every", type=number(int, 0), help="steps between validations; 0: at the end; not given: 10 in all")
+    add("--patience", type=number(int, 0), default=0, help="end when so many validations bring no lower loss; 0: never")
+    add("--sample_every", type=number(int, 0), help="steps between stories; 0: never; not given: 3 in all")
     add("--prompt", default="It was a dark and stormy night", help="how a story begins")
-    add("--max_new_tokens", type=whole(0), default=200, help="length of a story")
-    add("--temperature", type=real(0), default=0.8, help="0 is greedy")
-    add("--save_every", type=whole(0), default=0, help="steps between checkpoints; 0: at the end only")
-    add("--keep", type=whole(1), default=2, help="how many checkpoints, the newest, stay")
+    add("--max_new_tokens", type=number(int, 0), default=200, help="length of a story")
+    add("--temperature", type=number(float, 0), default=0.8, help="0 is greedy")
+    add("--save_every", type=number(int, 0), default=0, help="steps between checkpoints; 0: at the end only")
+    add("--keep", type=number(int, 1), default=2, help="how many checkpoints, the newest, stay")
     add("--resume", default=False, action=yes_no, help="go on from the newest checkpoint in --out_dir, if any")
     add("--overwrite", default=False, action=yes_no, help="remove the checkpoints of an earlier run in --out_dir")
     add("--recompute", default=False, action=yes_no, help="activation checkpointing: less memory, a third slower")
@@ -1128,12 +1126,29 @@ def clear_folder(flags, resumed, step):
             os.remove(path)
 
 
-def save_model(path, model, tokenizer, flags, step, train):
-    """Write a checkpoint, and remove the oldest; weights that are not finite end the run instead."""
+def warm_up(model, optimizer, flags, train_step):
+    """Compile, and take two steps at a rate of 0, before the clock starts: nothing is learned. Returns the seconds."""
+    start, on_gpu = time.perf_counter(), model.embed.device.type == "cuda"
+    compiled = on_gpu if flags.compile is None else flags.compile
+    if compiled:
+        model.compile_blocks()
+    if compiled or on_gpu:
+        optimizer.set_lr(0)
+        for _ in range(2):
+            train_step()
+        optimizer.state = {name: {} for name in optimizer.state}
+    return time.perf_counter() - start
+
+
+def save_model(name, model, tokenizer, flags, step, train):
+    """Write a checkpoint from rank 0, and remove the oldest; weights that are not finite end the run instead."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(f"the weights after step {step} are not finite; {last_good(flags.out_dir)}", code=1)
     whole = dict(format=1, config=dataclasses.asdict(model.config), tokenizer=tokenizer, model=model.state_dict())
-    save_checkpoint(path, {**whole, "train": {**train, "step": step, "flags": vars(flags)}})
+    train = {**train, "step": step, "flags": vars(flags)}
+    save_checkpoint(os.path.join(flags.out_dir, name), {**whole, "train": train})
     for old in checkpoints(flags.out_dir)[flags.keep :]:
         os.remove(old)
 
@@ -1150,6 +1165,14 @@ def catch_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     return stopped
+
+
+def check_loss(loss, step, out_dir):
+    """End the run when the loss of a step is not finite."""
+    if not math.isfinite(loss):
+        if int(os.environ.get("RANK", 0)) == 0:
+            fail(f"the loss is {loss} at step {step}: lower the rates; {last_good(out_dir)}", code=1)
+        raise SystemExit(1)
 
 
 def end_interrupted(stopped, out_dir):
@@ -1175,8 +1198,8 @@ def validate(model, shards, val_tokens, B, T, rank, ranks):
     return add_up([sum(torch.stack(losses).tolist()) if losses else 0.0], device)[0] / n
 
 
-def tell(model, tokenizer, flags):
-    """A story from flags.prompt: its text, and how many tokens were written."""
+def tell(model, tokenizer, flags, log, step):
+    """Write a story from flags.prompt, and show it."""
     stop = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
     story = stop + encode(tokenizer, flags.prompt, "--prompt")
     start = len(story)
@@ -1185,7 +1208,10 @@ def tell(model, tokenizer, flags):
     for [(_, token)] in generate(model, [story], flags.max_new_tokens, **settings):
         story.append(token)
     model.train()
-    return tokenizer.decode([token for token in story if token not in stop]), len(story) - start
+    text = tokenizer.decode([token for token in story if token not in stop])
+    log.line(f"\n{text}\n")
+    about = dict(tokens=len(story) - start, seed=flags.seed, checkpoint=f"{flags.out_dir}, step {step}")
+    log.row(log.stories, id=step, step=step, prompt=flags.prompt, text=text, **about)
 
 
 def memory(device):
@@ -1451,7 +1477,6 @@ def train(flags):
     weights = (tensor.contiguous().view(torch.uint8).numpy() for tensor in base["model"].values())
     parent = dict(path=flags.init, step=base.get("train", {}).get("step"), sha256=fingerprint(weights))
     about = dict(parent=parent, data=fingerprint([*parts, *(piece for story in stories for piece in story)]))
-    best = os.path.join(out_dir, "best.pt")
     take_folder(flags)
 
     rates = [flags.lr_scale * rate for rate in (flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)]
@@ -1499,17 +1524,7 @@ def train(flags):
         logps = score_stories(model, stories, pairs.unique().tolist(), B, rank, ranks)
         return [part.mean().item() for part in preferences(logps, reference, pairs.to(device), flags.beta)]
 
-    compiled = device.type == "cuda" if flags.compile is None else flags.compile
-    start = time.perf_counter()
-    if compiled:
-        model.compile_blocks()
-    if compiled or device.type == "cuda":  # two steps at a rate of 0, before the clock starts: nothing is learned
-        optimizer.set_lr(0)
-        for _ in range(2):
-            train_step(0)
-        optimizer.state = {name: {} for name in optimizer.state}
-    warmup_time = time.perf_counter() - start
-
+    warmup_time = warm_up(model, optimizer, flags, lambda: train_step(0))
     resumed = resume(model, optimizer, base["tokenizer"], checkpoints(out_dir) if flags.resume else [])
     if resumed:
         check_resumed(flags, resumed, about)
@@ -1542,14 +1557,12 @@ def train(flags):
             reference += score_stories(model, stories, chosen, B, rank, ranks)
 
     def save(name, train):
-        if rank == 0:
-            save_model(os.path.join(out_dir, name), model, base["tokenizer"], flags, step, {**train, **about})
-
-    stopped = catch_signals()
+        save_model(name, model, base["tokenizer"], flags, step, {**train, **about})
 
     def due(every):
         return step >= steps or (every and step % every == 0)
 
+    stopped = catch_signals()
     first, first_time, stopping, done = step, train_time, 0, False
     while True:
         state = [step, train_time, best_loss, waited, since]
@@ -1577,10 +1590,7 @@ def train(flags):
                 save("best.pt", {})
             since = nothing
         if flags.sample_every and due(flags.sample_every) and rank == 0:
-            text, tokens = tell(model, tokenizer, flags)
-            log.line(f"\n{text}\n")
-            about_it = dict(tokens=tokens, seed=flags.seed, checkpoint=f"{out_dir}, step {step}")
-            log.row(log.stories, id=step, step=step, prompt=flags.prompt, text=text, **about_it)
+            tell(model, tokenizer, flags, log, step)
         if done and not due(flags.save_every):
             save(f"ckpt_{step:06d}.pt", everything)
         if done or step >= steps:
@@ -1591,10 +1601,7 @@ def train(flags):
         optimizer.set_lr(min(1.0, (step + 1) / warmup, (steps - step) / warmdown))
         *means, stopping = add_up([*train_step(step), len(stopped)], device)
         seconds = time.perf_counter() - start
-        if not math.isfinite(means[0]):
-            if rank == 0:
-                fail(f"the loss is {means[0]} at step {step + 1}: lower the rates; {last_good(out_dir)}", code=1)
-            raise SystemExit(1)
+        check_loss(means[0], step + 1, out_dir)
         step, train_time, since = step + 1, train_time + seconds, [a + b for a, b in zip(since, [1, *means])]
         average = (train_time - first_time) / (step - first)
         found = {f"train_{name}": value for name, value in zip(names, means)}
@@ -1606,15 +1613,14 @@ def train(flags):
             f"ETA {datetime.timedelta(seconds=round(average * (steps - step)))}"
         )
     if rank == 0:
-        last = best if flags.patience else checkpoints(out_dir)[0]
+        last = os.path.join(out_dir, "best.pt") if flags.patience else checkpoints(out_dir)[0]
         log.line(f"peak memory {memory(device):.1f} GiB; more stories: python sample.py {last}")
     if ranks > 1:
         dist.destroy_process_group()
 
 
 def main():
-    flags = get_flags()
-    run_training(train, flags)
+    run_training(train, get_flags())
 
 
 if __name__ == "__main__":

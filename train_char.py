@@ -53,9 +53,7 @@ def get_flags():
     add = flags.add_argument
     add("--input", default=tales, help="UTF-8 text to learn from")
     add("--model", default="gpt", choices=["bigram", "gpt", "split", "flat"], help="split, flat: see their classes")
-    add(
-        "--preset", default="fast", choices=list(PRESETS), help="fast: good text soonest on a CPU; post: the original's"
-    )
+    add("--preset", default="fast", choices=list(PRESETS), help="fast: good text soon, on a CPU; post: the original's")
     add("--out_dir", default="out/char", help="where log, checkpoint and stories go")
     add("--prompt", default="It was a dark and stormy night", help="how the story begins")
     add("--max_new_tokens", type=number(int, 0), default=500, help="length of the story, in characters")

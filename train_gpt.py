@@ -95,46 +95,46 @@ PEAKS = {
 
 def get_flags():
     flags, yes_no = Flags(), argparse.BooleanOptionalAction
-    add, whole, real = flags.add_argument, (lambda low: number(int, low)), (lambda low: number(float, low))
+    add = flags.add_argument
     add("--preset", default="124M", choices=list(PRESETS), help="the defaults of what follows")
     add("--train_files", help="token shards to learn from: a pattern, read in the order of their names")
     add("--val_files", help="token shards for the validation loss")
     add("--tokenizer", choices=["gpt2", "bytes"], help="what the shards' tokens are")
     add("--out_dir", default="out/gpt", help="where logs, stories and checkpoints go")
-    add("--n_layer", type=whole(1), help="blocks")
-    add("--n_head", type=whole(1), help="attention heads")
-    add("--n_embd", type=whole(2), help="width")
-    add("--block_size", type=whole(1), help="context window, in tokens")
+    add("--n_layer", type=number(int, 1), help="blocks")
+    add("--n_head", type=number(int, 1), help="attention heads")
+    add("--n_embd", type=number(int, 2), help="width")
+    add("--block_size", type=number(int, 1), help="context window, in tokens")
     add("--tie_weights", default=False, action=yes_no, help="the head is the embedding")
     add("--embed_norm", default=True, action=yes_no, help="RMSNorm right after the embedding")
-    add("--logit_softcap", type=real(0), default=15.0, help="logits are squeezed into this; 0: not at all")
-    add("--batch_size", type=whole(1), help="most rows of block_size tokens that a device takes at once")
-    add("--total_batch_size", type=whole(1), help="tokens a step, over all devices and micro-batches")
-    add("--max_iters", type=whole(1), help="training steps")
-    add("--matrix_lr", type=real(0), help="Muon's rate, for the matrices in the blocks")
-    add("--down_lr", type=real(0), help="Muon's rate for the MLP's second matrix; not given: --matrix_lr")
-    add("--embed_lr", type=real(0), help="AdamW's rate for the embedding")
-    add("--head_lr", type=real(0), default=0.008, help="AdamW's rate for the head, unless it is tied")
-    add("--weight_decay", type=real(0), help="of the matrices, times their rate")
+    add("--logit_softcap", type=number(float, 0), default=15.0, help="logits are squeezed into this; 0: not at all")
+    add("--batch_size", type=number(int, 1), help="most rows of block_size tokens that a device takes at once")
+    add("--total_batch_size", type=number(int, 1), help="tokens a step, over all devices and micro-batches")
+    add("--max_iters", type=number(int, 1), help="training steps")
+    add("--matrix_lr", type=number(float, 0), help="Muon's rate, for the matrices in the blocks")
+    add("--down_lr", type=number(float, 0), help="Muon's rate for the MLP's second matrix; not given: --matrix_lr")
+    add("--embed_lr", type=number(float, 0), help="AdamW's rate for the embedding")
+    add("--head_lr", type=number(float, 0), default=0.008, help="AdamW's rate for the head, unless it is tied")
+    add("--weight_decay", type=number(float, 0), help="of the matrices, times their rate")
     add("--momentum", type=number(float, 0, 0.9999), default=0.95, help="Muon's")
     add("--beta1", type=number(float, 0, 0.9999), default=0.8, help="AdamW's")
     add("--beta2", type=number(float, 0, 0.99999), default=0.95, help="AdamW's")
     add("--ns_steps", type=number(int, 1, 5), default=5, help="Muon's iterations")
-    add("--warmup_iters", type=whole(0), help="steps in which the rates rise")
-    add("--warmdown_iters", type=whole(0), help="last steps, in which the rates fall to 0")
-    add("--val_loss_every", type=whole(0), help="steps between validations; 0: at the end only")
-    add("--val_tokens", type=whole(1), help="tokens of a validation, at most")
-    add("--target_loss", type=real(0), default=0.0, help="end when the validation loss is as low as this")
-    add("--hellaswag_every", type=whole(0), help="steps between HellaSwag scores; 0: never")
+    add("--warmup_iters", type=number(int, 0), help="steps in which the rates rise")
+    add("--warmdown_iters", type=number(int, 0), help="last steps, in which the rates fall to 0")
+    add("--val_loss_every", type=number(int, 0), help="steps between validations; 0: at the end only")
+    add("--val_tokens", type=number(int, 1), help="tokens of a validation, at most")
+    add("--target_loss", type=number(float, 0), default=0.0, help="end when the validation loss is as low as this")
+    add("--hellaswag_every", type=number(int, 0), help="steps between HellaSwag scores; 0: never")
     add("--hellaswag_data", default=os.path.join(DATA, "hellaswag_val.jsonl"), help="downloaded when not there")
-    add("--hellaswag_questions", type=whole(1), default=10_042, help="how many of them, from the first on")
-    add("--sample_every", type=whole(0), help="steps between stories; 0: never")
+    add("--hellaswag_questions", type=number(int, 1), default=10_042, help="how many of them, from the first on")
+    add("--sample_every", type=number(int, 0), help="steps between stories; 0: never")
     add("--prompt", default="It was a dark and stormy night", help="how a story begins")
-    add("--max_new_tokens", type=whole(0), default=200, help="length of a story")
-    add("--temperature", type=real(0), default=0.8, help="0 is greedy")
-    add("--save_every", type=whole(0), help="steps between checkpoints; 0: at the end only")
-    add("--keep", type=whole(1), default=2, help="how many checkpoints, the newest, stay")
-    add("--milestone_every", type=whole(0), help="steps between weights that stay for good; 0: none")
+    add("--max_new_tokens", type=number(int, 0), default=200, help="length of a story")
+    add("--temperature", type=number(float, 0), default=0.8, help="0 is greedy")
+    add("--save_every", type=number(int, 0), help="steps between checkpoints; 0: at the end only")
+    add("--keep", type=number(int, 1), default=2, help="how many checkpoints, the newest, stay")
+    add("--milestone_every", type=number(int, 0), help="steps between weights that stay for good; 0: none")
     add("--resume", default=False, action=yes_no, help="go on from the newest checkpoint in --out_dir, if any")
     add("--overwrite", default=False, action=yes_no, help="remove the checkpoints of an earlier run in --out_dir")
     add("--recompute", default=False, action=yes_no, help="activation checkpointing: less memory, a third slower")
@@ -1332,12 +1332,29 @@ def clear_folder(flags, resumed, step):
             os.remove(path)
 
 
-def save_model(path, model, tokenizer, flags, step, train):
-    """Write a checkpoint, and remove the oldest; weights that are not finite end the run instead."""
+def warm_up(model, optimizer, flags, train_step):
+    """Compile, and take two steps at a rate of 0, before the clock starts: nothing is learned. Returns the seconds."""
+    start, on_gpu = time.perf_counter(), model.embed.device.type == "cuda"
+    compiled = on_gpu if flags.compile is None else flags.compile
+    if compiled:
+        model.compile_blocks()
+    if compiled or on_gpu:
+        optimizer.set_lr(0)
+        for _ in range(2):
+            train_step()
+        optimizer.state = {name: {} for name in optimizer.state}
+    return time.perf_counter() - start
+
+
+def save_model(name, model, tokenizer, flags, step, train):
+    """Write a checkpoint from rank 0, and remove the oldest; weights that are not finite end the run instead."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(f"the weights after step {step} are not finite; {last_good(flags.out_dir)}", code=1)
     whole = dict(format=1, config=dataclasses.asdict(model.config), tokenizer=tokenizer, model=model.state_dict())
-    save_checkpoint(path, {**whole, "train": {**train, "step": step, "flags": vars(flags)}})
+    train = {**train, "step": step, "flags": vars(flags)}
+    save_checkpoint(os.path.join(flags.out_dir, name), {**whole, "train": train})
     for old in checkpoints(flags.out_dir)[flags.keep :]:
         os.remove(old)
 
@@ -1354,6 +1371,14 @@ def catch_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     return stopped
+
+
+def check_loss(loss, step, out_dir):
+    """End the run when the loss of a step is not finite."""
+    if not math.isfinite(loss):
+        if int(os.environ.get("RANK", 0)) == 0:
+            fail(f"the loss is {loss} at step {step}: lower the rates; {last_good(out_dir)}", code=1)
+        raise SystemExit(1)
 
 
 def end_interrupted(stopped, out_dir):
@@ -1379,8 +1404,8 @@ def validate(model, shards, val_tokens, B, T, rank, ranks):
     return add_up([sum(torch.stack(losses).tolist()) if losses else 0.0], device)[0] / n
 
 
-def tell(model, tokenizer, flags):
-    """A story from flags.prompt: its text, and how many tokens were written."""
+def tell(model, tokenizer, flags, log, step):
+    """Write a story from flags.prompt, and show it."""
     stop = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
     story = stop + encode(tokenizer, flags.prompt, "--prompt")
     start = len(story)
@@ -1389,7 +1414,10 @@ def tell(model, tokenizer, flags):
     for [(_, token)] in generate(model, [story], flags.max_new_tokens, **settings):
         story.append(token)
     model.train()
-    return tokenizer.decode([token for token in story if token not in stop]), len(story) - start
+    text = tokenizer.decode([token for token in story if token not in stop])
+    log.line(f"\n{text}\n")
+    about = dict(tokens=len(story) - start, seed=flags.seed, checkpoint=f"{flags.out_dir}, step {step}")
+    log.row(log.stories, id=step, step=step, prompt=flags.prompt, text=text, **about)
 
 
 def memory(device):
@@ -1485,17 +1513,7 @@ def train(flags):
         model.zero_grad()
         return loss
 
-    compiled = device.type == "cuda" if flags.compile is None else flags.compile
-    start = time.perf_counter()
-    if compiled:
-        model.compile_blocks()
-    if compiled or device.type == "cuda":  # two steps at a rate of 0, before the clock starts: nothing is learned
-        optimizer.set_lr(0)
-        for _ in range(2):
-            train_step(0, 1)
-        optimizer.state = {name: {} for name in optimizer.state}
-    warmup_time = time.perf_counter() - start
-
+    warmup_time = warm_up(model, optimizer, flags, lambda: train_step(0, 1))
     resumed = resume(model, optimizer, flags.tokenizer, checkpoints(out_dir) if flags.resume else [])
     step, position, train_time, best_loss = resumed["next"] if resumed else (0, 0, 0.0, math.inf)
     if rank == 0:
@@ -1516,14 +1534,12 @@ def train(flags):
         log.line(f"resumed from {resumed['path']} at step {step}")
 
     def save(name, train):
-        if rank == 0:
-            save_model(os.path.join(out_dir, name), model, flags.tokenizer, flags, step, train)
-
-    stopped = catch_signals()
+        save_model(name, model, flags.tokenizer, flags, step, train)
 
     def due(every):
         return step >= steps or (every and step and step % every == 0)
 
+    stopped = catch_signals()
     first, first_time, stopping, reached = step, train_time, 0, False
     while True:
         everything = dict(optimizer=optimizer.state, next=[step, position, train_time, best_loss])
@@ -1546,10 +1562,7 @@ def train(flags):
             log.line(f"step:{step}/{steps} hellaswag:{acc:.4f} acc_norm:{acc_norm:.4f} questions:{len(labels)}")
             log.row(step=step, hellaswag=acc, hellaswag_norm=acc_norm, questions=len(labels))
         if flags.sample_every and due(flags.sample_every) and rank == 0:
-            text, tokens = tell(model, tokenizer, flags)
-            log.line(f"\n{text}\n")
-            about = dict(tokens=tokens, seed=flags.seed, checkpoint=f"{out_dir}, step {step}")
-            log.row(log.stories, id=step, step=step, prompt=flags.prompt, text=text, **about)
+            tell(model, tokenizer, flags, log, step)
         if reached and not due(flags.save_every):
             save(f"ckpt_{step:06d}.pt", everything)
         if reached or step >= steps:
@@ -1560,10 +1573,7 @@ def train(flags):
         optimizer.set_lr(min(1.0, up, down))
         loss, stopping = add_up([train_step(position, rows // B).item(), len(stopped)], device)
         seconds = time.perf_counter() - start
-        if not math.isfinite(loss):
-            if rank == 0:
-                fail(f"the loss is {loss} at step {step + 1}: lower the rates; {last_good(out_dir)}", code=1)
-            raise SystemExit(1)
+        check_loss(loss, step + 1, out_dir)
         step, position, train_time = step + 1, position + total, train_time + seconds
         mean = (train_time - first_time) / (step - first)
         mfu = flops * total / mean / (peak * 1e12 * ranks) if peak else None
@@ -1581,8 +1591,7 @@ def train(flags):
 
 
 def main():
-    flags = get_flags()
-    run_training(train, flags)
+    run_training(train, get_flags())
 
 
 if __name__ == "__main__":
