@@ -178,11 +178,9 @@ def get_tokenizer(spec):
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
     if len(set(chars)) < len(chars):
         fail("the checkpoint's tokenizer has a character twice")
-    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    name, special = ("bytes", {"<|endoftext|>": 256}) if spec == "bytes" else ("chars", {})
     ranks = {c: i for i, c in enumerate(chars)}
-    return tiktoken.Encoding(
-        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(tokenizer, text, name):
@@ -287,9 +285,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -433,20 +430,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -518,9 +513,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
@@ -554,9 +548,7 @@ def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
     config = dict(checkpoint["config"])
     if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
+        fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
     try:
         with torch.device("meta"):  # nothing is initialised only to be replaced
             model = GPT(Config(**config), dtype)
@@ -780,6 +772,23 @@ def score(model, questions, tokens_at_once=8192):
 # --- end of scorer ---
 
 
+# --- progress: the same in every script (tests/test_copies.py) ---
+
+
+def progress(text):
+    """One line on stderr, written over on a terminal, else every 5 seconds."""
+    now, live = time.perf_counter(), sys.stderr.isatty()
+    if now >= progress.next:
+        progress.next = now + (0.1 if live else 5)
+        print(f"\r{text}\033[K" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
+
+
+progress.next = 0.0
+
+
+# --- end of progress ---
+
+
 def harness_question(encode, row, block_size):
     """(context, endings, their sizes in characters) as lm-evaluation-harness makes them: "activity: context", brackets
     and double spaces removed, an ending's tokens being those that the whole text has more than the context."""
@@ -828,23 +837,6 @@ def load_hf(name, device, dtype, special):
         fail(f"--hf {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     window = getattr(model.config, "max_position_embeddings", None) or 2**20
     return model, (lambda text: tokenizer.encode(text, add_special_tokens=special)), window
-
-
-# --- progress: the same in every script (tests/test_copies.py) ---
-
-
-def progress(text):
-    """One line on stderr, written over on a terminal, else every 5 seconds."""
-    now, live = time.perf_counter(), sys.stderr.isatty()
-    if now >= progress.next:
-        progress.next = now + (0.1 if live else 5)
-        print(f"\r{text}\033[K" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
-
-
-progress.next = 0.0
-
-
-# --- end of progress ---
 
 
 def read_details(path):
@@ -950,7 +942,8 @@ def main():
         dist.init_process_group("gloo")  # only answers are passed on, on the CPU
     tests = get_hellaswag(flags.data, "--data names a file that is there")[: flags.questions]
     details = read_details(flags.details) if rank == 0 else {}
-    print(f"{flags.style} style{'questions':>{50 - len(flags.style) - 6}}   {'acc':19}acc_norm") if rank == 0 else None
+    if rank == 0:
+        print(f"{flags.style + ' style':40}{'questions':>10}   {'acc':19}acc_norm")
     for path in flags.checkpoints or [flags.hf]:
         answers = answer(flags, path, tests, details, device, dtype, rank, ranks)
         if rank == 0:

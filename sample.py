@@ -40,14 +40,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 
 def get_flags():
-    flags = Flags()
+    flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add = flags.add_argument
     add("checkpoint", help="a .pt file of train_char.py, train_gpt.py or finetune.py")
     add("--prompt", default="It was a dark and stormy night", help="how the story begins; - is standard input")
     add("--prompt_file", help="openings of several stories, one a line; - is standard input")
     add("--num", type=number(int, 1), default=1, help="stories for each opening")
     add("--out", help="a .jsonl file to add the stories to")
-    add("--interactive", action="store_true", help="keep the model loaded and ask for openings")
+    add("--interactive", default=False, action=yes_no, help="keep the model loaded and ask for openings")
     add("--max_new_tokens", type=number(int, 1), default=500, help="tokens of a story at most")
     add("--temperature", type=number(float, 0), default=0.8, help="0 is greedy")
     add("--top_k", type=number(int, 0), default=0, help="sample from the k likeliest tokens; 0 is no limit")
@@ -56,7 +56,7 @@ def get_flags():
     add("--batch_size", type=number(int, 0), default=0, help="stories at once; 0: what the memory allows")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights and activations")
-    add("--compile", action="store_true", help="write faster after half a minute; on a CPU, one story at a time only")
+    add("--compile", default=False, action=yes_no, help="faster after half a minute; on a CPU, one story at a time")
     add("--seed", type=int, default=1337, help="one seed, one story for each id")
     add("--narrate", metavar="FILE.mp3", help="have the story read aloud into this file")
     add("--speech_model", default="gpt-4o-mini-tts", help="narrate: with this model")
@@ -181,11 +181,9 @@ def get_tokenizer(spec):
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
     if len(set(chars)) < len(chars):
         fail("the checkpoint's tokenizer has a character twice")
-    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    name, special = ("bytes", {"<|endoftext|>": 256}) if spec == "bytes" else ("chars", {})
     ranks = {c: i for i, c in enumerate(chars)}
-    return tiktoken.Encoding(
-        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(tokenizer, text, name):
@@ -290,9 +288,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -436,20 +433,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -521,9 +516,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
@@ -557,9 +551,7 @@ def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
     config = dict(checkpoint["config"])
     if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
+        fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
     try:
         with torch.device("meta"):  # nothing is initialised only to be replaced
             model = GPT(Config(**config), dtype)

@@ -49,7 +49,7 @@ PRESETS = {
 
 def get_flags():
     tales = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tales.txt")
-    flags = Flags()
+    flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add = flags.add_argument
     add("--input", default=tales, help="UTF-8 text to learn from")
     add("--model", default="gpt", choices=["bigram", "gpt", "split", "flat"], help="split, flat: see their classes")
@@ -77,7 +77,7 @@ def get_flags():
     add("--val_loss_every", type=number(int, 0), default=250, help="steps between validations; 0: at the end only")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="of the activations")
-    add("--compile", default=False, action=argparse.BooleanOptionalAction, help="compile the blocks")
+    add("--compile", default=False, action=yes_no, help="compile the blocks")
     add("--seed", type=int, default=1337, help="of everything random")
     chosen = flags.parse_args([argument for argument in sys.argv[1:] if argument not in ("-h", "--help")])
     flags.set_defaults(**PRESETS[chosen.preset]["bigram" if chosen.model == "bigram" else "gpt"])
@@ -272,9 +272,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -418,20 +417,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -503,9 +500,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 

@@ -265,11 +265,9 @@ def get_tokenizer(spec):
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
     if len(set(chars)) < len(chars):
         fail("the checkpoint's tokenizer has a character twice")
-    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    name, special = ("bytes", {"<|endoftext|>": 256}) if spec == "bytes" else ("chars", {})
     ranks = {c: i for i, c in enumerate(chars)}
-    return tiktoken.Encoding(
-        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(tokenizer, text, name):
@@ -374,9 +372,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -520,20 +517,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -605,9 +600,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
@@ -786,9 +780,7 @@ def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
     config = dict(checkpoint["config"])
     if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
+        fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
     try:
         with torch.device("meta"):  # nothing is initialised only to be replaced
             model = GPT(Config(**config), dtype)
@@ -1404,7 +1396,7 @@ def validate(model, shards, val_tokens, B, T, rank, ranks):
     return add_up([sum(torch.stack(losses).tolist()) if losses else 0.0], device)[0] / n
 
 
-def tell(model, tokenizer, flags, log, step):
+def show_story(model, tokenizer, flags, log, step):
     """Write a story from flags.prompt, and show it."""
     stop = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
     story = stop + encode(tokenizer, flags.prompt, "--prompt")
@@ -1562,7 +1554,7 @@ def train(flags):
             log.line(f"step:{step}/{steps} hellaswag:{acc:.4f} acc_norm:{acc_norm:.4f} questions:{len(labels)}")
             log.row(step=step, hellaswag=acc, hellaswag_norm=acc_norm, questions=len(labels))
         if flags.sample_every and due(flags.sample_every) and rank == 0:
-            tell(model, tokenizer, flags, log, step)
+            show_story(model, tokenizer, flags, log, step)
         if reached and not due(flags.save_every):
             save(f"ckpt_{step:06d}.pt", everything)
         if reached or step >= steps:

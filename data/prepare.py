@@ -137,11 +137,9 @@ def get_tokenizer(spec):
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
     if len(set(chars)) < len(chars):
         fail("the checkpoint's tokenizer has a character twice")
-    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    name, special = ("bytes", {"<|endoftext|>": 256}) if spec == "bytes" else ("chars", {})
     ranks = {c: i for i, c in enumerate(chars)}
-    return tiktoken.Encoding(
-        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(tokenizer, text, name):
