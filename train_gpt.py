@@ -776,27 +776,6 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(path, checkpoint, device, dtype, weights=torch.float32):
-    """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint["config"])
-    if "kind" in config:
-        fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
-    try:
-        with torch.device("meta"):  # nothing is initialised only to be replaced
-            model = GPT(Config(**config), dtype)
-        model.load_state_dict(checkpoint["model"], assign=True)
-        model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
-    tokens = get_tokenizer(checkpoint["tokenizer"]).n_vocab
-    if tokens != model.config.vocab_size:
-        fail(f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer {tokens}")
-    for p in model.parameters():
-        p.data = p.data.to(device, weights)
-    model.cos, model.sin = model.cos.to(device), model.sin.to(device)
-    return model.eval()
-
-
 # --- end of load checkpoint ---
 
 
@@ -1507,7 +1486,7 @@ def train(flags):
 
     warmup_time = warm_up(model, optimizer, flags, lambda: train_step(0, 1))
     resumed = resume(model, optimizer, flags.tokenizer, checkpoints(out_dir) if flags.resume else [])
-    step, position, train_time, best_loss = resumed["next"] if resumed else (0, 0, 0.0, math.inf)
+    step, position, train_time = resumed["next"] if resumed else (0, 0, 0.0)
     if rank == 0:
         clear_folder(flags, resumed, step)
     log = Log(out_dir, device, "a" if resumed else "w")
@@ -1534,7 +1513,7 @@ def train(flags):
     stopped = catch_signals()
     first, first_time, stopping, reached = step, train_time, 0, False
     while True:
-        everything = dict(optimizer=optimizer.state, next=[step, position, train_time, best_loss])
+        everything = dict(optimizer=optimizer.state, next=[step, position, train_time])
         if step > first and (stopping or due(flags.save_every)):
             save(f"ckpt_{step:06d}.pt", everything)
         if stopping:  # some rank was told to
@@ -1543,7 +1522,7 @@ def train(flags):
             save(f"milestone_{step:06d}.pt", {})
         if due(flags.val_loss_every):
             val_loss = validate(model, val_shards, flags.val_tokens, B, T, rank, ranks)
-            reached, best_loss, took = val_loss <= flags.target_loss, min(val_loss, best_loss), 1000 * train_time
+            reached, took = val_loss <= flags.target_loss, 1000 * train_time
             log.line(
                 f"step:{step}/{steps} val_loss:{val_loss:.4f} train_time:{took:.0f}ms "
                 f"step_avg:{took / max(1, step):.2f}ms" + (" target reached" if reached else "")

@@ -509,12 +509,18 @@ def load_checkpoint(path):
     return checkpoint
 
 
+# --- end of load checkpoint ---
+
+
+# --- load model: the same in every script (tests/test_copies.py) ---
+
+
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint["config"])
-    if "kind" in config:
-        fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
     try:
+        config = dict(checkpoint["config"])
+        if "kind" in config:
+            fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
         with torch.device("meta"):  # nothing is initialised only to be replaced
             model = GPT(Config(**config), dtype)
         model.load_state_dict(checkpoint["model"], assign=True)
@@ -530,7 +536,7 @@ def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     return model.eval()
 
 
-# --- end of load checkpoint ---
+# --- end of load model ---
 
 
 @torch.no_grad()

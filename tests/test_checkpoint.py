@@ -79,6 +79,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     torch.save({**good, "format": 2}, tmp_path / "future.pt")
     torch.save({**good, "config": {**good["config"], "n_layer": 5}}, tmp_path / "layers.pt")
     torch.save({**good, "config": {**good["config"], "colour": 1}}, tmp_path / "field.pt")
+    torch.save({**good, "config": 5}, tmp_path / "number.pt")
     torch.save({k: v for k, v in good.items() if k != "model"}, tmp_path / "weightless.pt")
     torch.save({**good, "config": {**good["config"], "kind": "bigram"}}, tmp_path / "bigram.pt")
     for path in sorted(set(tmp_path.iterdir()) - {tmp_path / "good.pt"}):

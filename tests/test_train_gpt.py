@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from test_model import as_nanochat
 
+import sample
 import train_gpt as script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -332,7 +333,7 @@ def test_milestones_are_weights_that_sample_opens(evaluated):
 
 def test_validation_loss_is_the_mean_over_the_first_tokens(runs):
     path = str(runs / "one" / "ckpt_000020.pt")
-    model = script.load_model(path, script.load_checkpoint(path), torch.device("cpu"), torch.float32)
+    model = sample.load_model(path, sample.load_checkpoint(path), torch.device("cpu"), torch.float32)
     theirs = as_nanochat(model)
     stream = np.concatenate([np.fromfile(runs / f"val_{i}.bin", "<u2", offset=1024) for i in (0, 1)]).astype(np.int64)
     tokens = torch.from_numpy(stream)
