@@ -1022,13 +1022,10 @@ HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hell
 
 
 def check_hellaswag(path):
-    """Raises ValueError when a file is not the whole validation set as it is published."""
+    """Raises ValueError when a file is not as long as the validation set that is published."""
     size = os.path.getsize(path)
     if size != 12_246_618:
         raise ValueError(f"{size:,} bytes instead of 12,246,618")
-    with open(path, "rb") as f:
-        if (rows := sum(1 for _ in f)) != 10_042:
-            raise ValueError(f"{rows:,} lines instead of 10,042")
 
 
 def read_hellaswag(path):
