@@ -57,13 +57,13 @@ FREE = (
 def get_flags():
     flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add = flags.add_argument
-    add("--init", required=True, metavar="CHECKPOINT", help="the .pt to begin with")
+    add("--init", type=checkpoint_path, required=True, help="the .pt to begin with, or the folder of a run: its newest")
     add("--data", required=True, help="stories: .txt, .jsonl or a pattern of shards (*.bin); a ranked .jsonl for dpo")
     add("--method", default="sft", choices=["sft", "dpo"], help="learn to write such stories, or learn from judgements")
     add("--out_dir", default="out/finetune", help="where logs, stories and checkpoints go")
     add("--epochs", type=number(float, 0, 10_000), help="passes over the data; not given: 3 in sft, 2 in dpo")
     add("--max_tokens", type=number(int, 1), help="of sft, instead of passes; not given: 50,000 for stories by a model")
-    add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.3 in dpo")
+    add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.2 in dpo")
     add("--matrix_lr", type=number(float, 0), help="Muon's rate; down to --ns_steps, not given means as in pretraining")
     add("--down_lr", type=number(float, 0), help="Muon's rate for the MLP's second matrix")
     add("--embed_lr", type=number(float, 0), help="AdamW's rate for the embedding")
@@ -780,6 +780,19 @@ def load_checkpoint(path):
 # --- load model: the same in every script (tests/test_copies.py) ---
 
 
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
+
+
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
     try:
@@ -1403,7 +1416,7 @@ def settle(flags, base, config, size):
         if getattr(flags, key) is None:
             taken += [key] if key not in theirs else []
             setattr(flags, key, theirs.get(key, value))
-    flags.lr_scale = (0.1 if sft else 0.3) if flags.lr_scale is None else flags.lr_scale
+    flags.lr_scale = (0.1 if sft else 0.2) if flags.lr_scale is None else flags.lr_scale
     used = ("matrix_lr", "down_lr", "embed_lr") + (() if config.tie_weights else ("head_lr",))
     if not flags.lr_scale or not any(getattr(flags, key) for key in used):
         fail(f"--lr_scale {flags.lr_scale:g}: nothing would be learned; rates and scale must be above 0")

@@ -50,7 +50,7 @@ def get_flags():
     here = os.path.dirname(os.path.abspath(__file__))
     flags = Flags()
     add = flags.add_argument
-    add("checkpoints", metavar="CHECKPOINT", nargs="*", help=".pt files of train_gpt.py or finetune.py")
+    add("checkpoints", type=checkpoint_path, metavar="CHECKPOINT", nargs="*", help=".pt files, or folders of runs")
     add("--hf", metavar="NAME_OR_DIR", help="a causal language model of transformers")
     add("--style", default="completion", choices=["completion", "harness"], help="how questions become text")
     add("--data", default=os.path.join(here, "data", "hellaswag_val.jsonl"), help="downloaded when not there")
@@ -548,6 +548,19 @@ def load_checkpoint(path):
 
 
 # --- load model: the same in every script (tests/test_copies.py) ---
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
 
 
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):

@@ -110,8 +110,8 @@ def get_flags():
     add("--max_cost", type=number(float, 0), help="openai: spend no more dollars, those of earlier runs included")
     add("--price", type=number(float, 0), nargs=2, metavar=("IN", "OUT"), help="openai: dollars for a million tokens")
     add("--dry_run", default=False, action=yes_no, help="openai: send nothing, show a request and what to expect")
-    add("--scary", metavar="CHECKPOINT", help="local: a model trained on scary stories")
-    add("--plain", metavar="CHECKPOINT", help="local: the model that it was trained from")
+    add("--scary", type=checkpoint_path, help="local: a model trained on scary stories, .pt or the folder of a run")
+    add("--plain", type=checkpoint_path, help="local: the model that it was trained from")
     add("--repetition_penalty", type=number(float, 0), default=1.0, help="local: nats a token if all were repeated")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="local: where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="local: of weights and activations")
@@ -604,6 +604,19 @@ def load_checkpoint(path):
 
 
 # --- load model: the same in every script (tests/test_copies.py) ---
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
 
 
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 def get_flags():
     flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add = flags.add_argument
-    add("checkpoint", help="a .pt file of train_char.py, train_gpt.py or finetune.py")
+    add("checkpoint", type=checkpoint_path, help="a .pt file, or the folder of a run: its newest")
     add("--prompt", default="It was a dark and stormy night", help="how the story begins; - is standard input")
     add("--prompt_file", help="openings of several stories, one a line; - is standard input")
     add("--num", type=number(int, 1), default=1, help="stories for each opening")
@@ -551,6 +551,19 @@ def load_checkpoint(path):
 
 
 # --- load model: the same in every script (tests/test_copies.py) ---
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
 
 
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):

@@ -1,19 +1,72 @@
 #!/usr/bin/env bash
-# From characters to a scary story on a laptop's CPU: bash runs/demo.sh
+# From nothing to a writer of scary stories, every stage, on a laptop's CPU; stopped, the same command goes on:
+#     bash runs/demo.sh            about ten minutes on two cores, once the packages are there
+#     bash runs/demo.sh --quick    about a minute: every stage at its smallest, to see that all of it works
+#     bash runs/demo.sh --api      GPT-4o ranks the stories (40 short requests), with the key in OPENAI_API_KEY;
+#                                  what follows --api goes to rank.py: --base_url http://localhost:8000/v1 --model llama3
+# Everything is written to out/demo; remove that folder to begin again. The last file is out/demo/timeline.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "runs/demo.sh: Python 3.10 or newer is needed; name one in PYTHON" >&2; exit 2; }
 
+iters=300 char_iters=450 tales_passes=3 best_tokens=8000 length=400 small=()
+if [ "${1:-}" = --quick ]; then
+    iters=20 char_iters=20 tales_passes=0.2 best_tokens=2000 length=60
+    small=(--n_layer 1 --n_embd 64 --n_head 1 --total_batch_size 1024 --batch_size 4)
+    shift
+fi
+judge=(--judge local --scary out/demo/tales --plain out/demo/gpt)
+if [ "${1:-}" = --api ]; then
+    shift
+    if [ -n "${OPENAI_API_KEY:-}" ]; then judge=(--judge openai "$@"); else echo "no key in OPENAI_API_KEY: the offline judge ranks"; fi
+elif [ $# -gt 0 ]; then
+    echo "runs/demo.sh: $1: what is this? Known are --quick, then --api and flags of rank.py" >&2; exit 2
+fi
+
 echo "== packages: torch, numpy, tiktoken, requests, into .venv"
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
 .venv/bin/python -c 'import torch, numpy, tiktoken, requests' 2>/dev/null || .venv/bin/python -m pip install -r requirements.txt
+python=.venv/bin/python
+mkdir -p out/demo
 
-echo "== the tales, and a bigram model of their characters"
-.venv/bin/python train_char.py --model bigram --out_dir out/demo/bigram
+# stage NAME WHAT COMMAND...: run a command, unless an earlier run of this script came to its end
+stage() {
+    local mark="out/demo/$1.done"
+    echo; echo "== $2"
+    if [ -e "$mark" ]; then echo "is there already"; return; fi
+    echo "$ ${*:3}"; "${@:3}"
+    touch "$mark"
+}
 
-echo "== a small transformer on the same characters"
-.venv/bin/python train_char.py --out_dir out/demo/char
+begun=$SECONDS
+stage bigram "the tales, and a bigram model of their characters" \
+    $python train_char.py --model bigram --out_dir out/demo/bigram --max_new_tokens $length
+stage char "a small transformer on the same characters" \
+    $python train_char.py --out_dir out/demo/char --max_iters $char_iters --max_new_tokens $length
+stage shards "everyday prose, as shards of bytes" \
+    $python data/prepare.py data/plain.txt --tokenizer bytes --out out/demo/plain --overwrite
+stage gpt "pretraining on everyday prose" \
+    $python train_gpt.py --preset demo ${small[@]+"${small[@]}"} --max_iters $iters --warmdown_iters $((iters / 2)) --out_dir out/demo/gpt \
+    --train_files "out/demo/plain_train_*.bin" --val_files "out/demo/plain_val_*.bin" --max_new_tokens $length \
+    --val_loss_every $((iters / 3)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 50 --resume
+stage tales "fine-tuning on the tales" \
+    $python finetune.py --init out/demo/gpt --data data/tales.txt --out_dir out/demo/tales --lr_scale 0.5 \
+    --epochs $tales_passes --max_new_tokens $length --save_every 50 --resume
+stage stories "forty stories" \
+    $python sample.py out/demo/tales --num 40 --max_new_tokens $length --out out/demo/stories.jsonl
+stage ranked "the scariest of every four" \
+    $python rank.py out/demo/stories.jsonl "${judge[@]}" --out out/demo/ranked.jsonl --best out/demo/best.jsonl
+stage best "fine-tuning on the winners" \
+    $python finetune.py --init out/demo/tales --data out/demo/best.jsonl --out_dir out/demo/best --max_tokens $best_tokens \
+    --max_new_tokens $length --resume
+stage dpo "learning from the judgements: DPO" \
+    $python finetune.py --init out/demo/tales --data out/demo/ranked.jsonl --method dpo --out_dir out/demo/dpo \
+    --max_new_tokens $length --resume
 
-echo "== and its story"
-.venv/bin/python sample.py out/demo/char/ckpt.pt --prompt "It was a dark and stormy night" --max_new_tokens 1000 --seed 2
+echo; echo "== the same opening, continued by every stage"
+$python runs/timeline.py "Bigram of characters=out/demo/bigram" "Small transformer of characters=out/demo/char" \
+    "Pretraining on everyday prose (bytes)=out/demo/gpt" "Fine-tuning on the tales=out/demo/tales" \
+    "Fine-tuning on the winners=out/demo/best" "DPO on the judgements=out/demo/dpo" --out out/demo/timeline.md
+echo; cat out/demo/timeline.md
+echo "$((SECONDS - begun)) s; more stories: $python sample.py out/demo/dpo"

@@ -50,7 +50,7 @@ OURS = re.compile(rf"{OURS}|model.*\.safetensors")  # the files of an export
 def get_flags():
     flags = Flags()
     add = flags.add_argument
-    add("checkpoint", help="a .pt file of train_char.py, train_gpt.py or finetune.py")
+    add("checkpoint", type=checkpoint_path, help="a .pt file, or the folder of a run: its newest")
     add("folder", metavar="DIR", help="the folder to write")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     add("--overwrite", default=False, action=argparse.BooleanOptionalAction, help="replace an earlier export in DIR")
@@ -513,6 +513,19 @@ def load_checkpoint(path):
 
 
 # --- load model: the same in every script (tests/test_copies.py) ---
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
 
 
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):

@@ -1,5 +1,6 @@
 """Checkpoints: opened without executing anything, whole or not at all, refused by name."""
 
+import argparse
 import dataclasses
 import os
 import resource
@@ -87,6 +88,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     refused(capsys, tmp_path / "missing.pt")
     refused(capsys, tmp_path)
     assert "bigram" in refused(capsys, tmp_path / "bigram.pt")
+
+
+def test_the_folder_of_a_run_stands_for_its_best_or_newest_checkpoint(tmp_path):
+    path = str(tmp_path)
+    with pytest.raises(argparse.ArgumentTypeError, match="no checkpoint"):
+        script.checkpoint_path(path)
+    for name in ("ckpt_000999.pt", "ckpt_001000.pt", "ckpt_1000001.pt", "best.pt"):  # by steps, not by the alphabet
+        (tmp_path / name).touch()
+        (tmp_path / "ckpt_000001.pt.77.tmp").touch()
+        assert script.checkpoint_path(path) == str(tmp_path / name)
+    assert script.checkpoint_path("not there.pt") == "not there.pt"  # whoever opens it says so
 
 
 def test_a_disk_that_is_full_leaves_the_old_file(tmp_path):

@@ -332,7 +332,7 @@ def test_rates_are_those_of_pretraining_times_the_scale(runs, monkeypatch):
     lr = list(values(runs / "sft", "lr").values())
     assert max(lr) == pytest.approx(0.1 * 0.02, rel=0.1) and lr[-1] < 0.05 * max(lr)
     flags, _, _ = settled(monkeypatch, load(runs / "base.pt"), "--method", "dpo", "--matrix_lr", 0.5)
-    assert flags.lr_scale == 0.3 and flags.matrix_lr == flags.down_lr == 0.5
+    assert flags.lr_scale == 0.2 and flags.matrix_lr == flags.down_lr == 0.5
 
 
 def test_what_was_fine_tuned_is_not_scaled_twice(runs, monkeypatch):
