@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a writer of scary stories, every stage, on a laptop's CPU; stopped, the same command goes on:
-#     bash runs/demo.sh            about ten minutes on two cores, once the packages are there
+#     bash runs/demo.sh            about seven minutes on two cores, once the packages are there
 #     bash runs/demo.sh --quick    about a minute: every stage at its smallest, to see that all of it works
-#     bash runs/demo.sh --api      GPT-4o ranks the stories (40 short requests), with the key in OPENAI_API_KEY;
+#     bash runs/demo.sh --api      GPT-4o ranks the stories (some 20 short requests), with the key in OPENAI_API_KEY;
 #                                  what follows --api goes to rank.py: --base_url http://localhost:8000/v1 --model llama3
 # Everything is written to out/demo; remove that folder to begin again. The last file is out/demo/timeline.md.
 set -euo pipefail
@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "runs/demo.sh: Python 3.10 or newer is needed; name one in PYTHON" >&2; exit 2; }
 
-iters=300 char_iters=450 tales_passes=3 best_tokens=8000 length=400 small=()
+iters=300 char_iters=450 tales_passes=3 best_tokens=8000 length=400 told=220 small=()
 if [ "${1:-}" = --quick ]; then
-    iters=20 char_iters=20 tales_passes=0.2 best_tokens=2000 length=60
+    iters=20 char_iters=20 tales_passes=0.05 best_tokens=2000 length=60 told=60
     small=(--n_layer 1 --n_embd 64 --n_head 1 --total_batch_size 1024 --batch_size 4)
     shift
 fi
@@ -54,7 +54,7 @@ stage tales "fine-tuning on the tales" \
     $python finetune.py --init out/demo/gpt --data data/tales.txt --out_dir out/demo/tales --lr_scale 0.5 \
     --epochs $tales_passes --max_new_tokens $length --save_every 50 --resume
 stage stories "forty stories" \
-    $python sample.py out/demo/tales --num 40 --max_new_tokens $length --out out/demo/stories.jsonl
+    $python sample.py out/demo/tales --num 40 --max_new_tokens $told --out out/demo/stories.jsonl
 stage ranked "the scariest of every four" \
     $python rank.py out/demo/stories.jsonl "${judge[@]}" --out out/demo/ranked.jsonl --best out/demo/best.jsonl
 stage best "fine-tuning on the winners" \

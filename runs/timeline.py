@@ -5,8 +5,9 @@ The same opening line, continued by every stage: what the runs wrote while they 
     python runs/timeline.py "pretraining=out/gpt" "after the horror=out/finetune" --prompt "Once upon a time"
 
 Each argument is the folder of a run of train_char.py, train_gpt.py or finetune.py, with a name for it, if you like. Of
-its stories.jsonl all that begin with --prompt are shown, in the order of their steps, each with the validation loss
-that its log.jsonl has for that step or, failing that, the last one before it. Writes --out, Markdown.
+its stories.jsonl those are shown that begin with --prompt and that milestones wrote or the last model (--all: all of
+them), each with the validation loss that its log.jsonl has for that step or, failing that, the last one before it.
+Writes --out, Markdown.
 """
 
 # /// script
@@ -25,6 +26,7 @@ def get_flags():
     add = flags.add_argument
     add("runs", nargs="+", metavar="[NAME=]FOLDER", help="folders of runs, in the order of the stages")
     add("--prompt", default="It was a dark and stormy night", help="the opening; other stories are passed over")
+    add("--all", action="store_true", help="also stories between the milestones")
     add("--out", default="timeline.md", help="what to write")
     return flags.parse_args()
 
@@ -114,8 +116,8 @@ def read(path):
     return rows
 
 
-def stages(folder, prompt):
-    """[(step, what the log says of it, story)] of a run: of a step that was repeated, after a resume, the later."""
+def stages(folder, prompt, everything):
+    """[(what the log says of a step, story)] of a run: of a step that was repeated, after a resume, the later."""
     validated, told = {}, {}
     for row in read(os.path.join(folder, "log.jsonl")):
         if "val_loss" in row:
@@ -125,11 +127,14 @@ def stages(folder, prompt):
             told[row.get("step", max(validated, default=0))] = row["text"]
     found = []
     for step, text in sorted(told.items()):
+        milestone = os.path.exists(os.path.join(folder, f"milestone_{step:06d}.pt"))
+        if not (everything or milestone or step == max(told)):
+            continue
         about = validated.get(max((s for s in validated if s <= step), default=None), {})
         words = [f"step {step}"]
         words += [f"validation loss {about['val_loss']:.4f}"] if about else []
         words += [f"accuracy on held-out pairs {about['val_accuracy']:.0%}"] if "val_accuracy" in about else []
-        found.append((step, ", ".join(words), text))
+        found.append((", ".join(words), text))
     return found
 
 
@@ -138,11 +143,11 @@ def main():
     parts = [f"# {flags.prompt} ...\n"]
     for run in flags.runs:
         name, _, folder = run.rpartition("=")
-        found = stages(folder, flags.prompt)
+        found = stages(folder, flags.prompt, flags.all)
         if not found:
             fail(f"{folder}: no story there begins with {flags.prompt!r}")
         parts.append(f"## {name or os.path.basename(os.path.normpath(folder))}\n")
-        for _, about, text in found:
+        for about, text in found:
             continued = text[len(flags.prompt) :].strip("\n")
             quoted = "\n".join(f"> {line}".rstrip() for line in f"**{flags.prompt}**{continued}".split("\n"))
             parts.append(f"{about}\n\n{quoted}\n")
@@ -152,7 +157,7 @@ def main():
         os.replace(flags.out + ".tmp", flags.out)
     except OSError as error:
         fail(f"{flags.out}: {error.strerror}")
-    print(f"{flags.out}: {sum(line.startswith('> **') for part in parts for line in part.splitlines())} stories")
+    print(f"{flags.out}: {sum('> **' in part for part in parts)} stories")
 
 
 if __name__ == "__main__":

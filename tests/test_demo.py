@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,12 +41,18 @@ def demo(folder, *flags, key=None, until=None):
     return process.returncode, "".join(lines)
 
 
+def last_of_the_alphabet(handler):
+    """A judge that likes the story best that sorts last, wherever it stands."""
+    shown = dict(re.findall(r"--- Story (.) ---\n(.*?)(?=\n\n--- Story|\Z)", handler.content, re.S))
+    handler.say(f"BEST_ANSWER:[{max(shown, key=shown.get)}]\nREASONING:[It is cold there.]")
+
+
 def done(folder):
     return [name for name in STAGES if (folder / "out" / "demo" / f"{name}.done").exists()]
 
 
 def test_the_journey_is_killed_and_goes_on(copy, judge):  # noqa: F811
-    code, output = demo(copy, until="step:0/")  # a first validation, of pretraining
+    code, output = demo(copy, until="step:6/20")  # the first validation of pretraining
     assert code == -signal.SIGKILL and done(copy) == ["bigram", "char", "shards"], output
     code, output = demo(copy, until="== fine-tuning on the winners")
     assert code == -signal.SIGKILL and done(copy) == STAGES[:7] and output.count("is there already") == 3, output
@@ -54,10 +61,8 @@ def test_the_journey_is_killed_and_goes_on(copy, judge):  # noqa: F811
     out = copy / "out" / "demo"
     text = (out / "timeline.md").read_text(encoding="utf-8")
     assert text in output and text.count("\n## ") == 6
-    assert text.count("**It was a dark and stormy night**") == sum(
-        len(list(map(json.loads, (out / name / "stories.jsonl").open(encoding="utf-8"))))
-        for name in ("bigram", "char", "gpt", "tales", "best", "dpo")
-    )
+    milestones = len(list((out / "gpt").glob("milestone_*.pt")))
+    assert milestones == 4 and text.count("**It was a dark and stormy night**") == 6 + milestones - 1
     log = [json.loads(line) for line in (out / "gpt" / "log.jsonl").open(encoding="utf-8")]
     for row in log:
         if row.get("val_loss"):  # the loss of each milestone stands above its story
@@ -67,11 +72,11 @@ def test_the_journey_is_killed_and_goes_on(copy, judge):  # noqa: F811
 
     for name in ("ranked.done", "ranked.jsonl", "ranked.jsonl.answers", "best.jsonl"):
         (out / name).unlink(missing_ok=True)
-    judge.faults.extend(100 * [lambda handler: handler.say("BEST_ANSWER:[B]\nREASONING:[It is cold there.]")])
+    judge.faults.extend(100 * [last_of_the_alphabet])
     code, output = demo(copy, "--api", "--base_url", judge.url, "--retries", "1", key="sk-test")
     assert code == 0 and len(judge.asked) >= 20, output
     rows = [json.loads(line) for line in (out / "ranked.jsonl").open(encoding="utf-8")]
-    assert len(rows) == 10 and all(row["best"] and row["reasoning"] == "It is cold there." for row in rows)
+    assert len(rows) == 10 and all(row["best"] and "It is cold there." in row["reasoning"] for row in rows)
 
 
 def test_what_the_demo_does_not_know_is_said(copy):
@@ -90,7 +95,7 @@ def test_timeline_of_bad_runs(tmp_path):
     def timeline(*flags):
         command = [sys.executable, str(ROOT / "runs" / "timeline.py"), str(run), "--out", str(out), *flags]
         ended = subprocess.run(command, capture_output=True, text=True)
-        assert ended.returncode == 0 or (ended.stderr.count("\n") == 1 and not out.exists()), ended.stderr
+        assert not ended.returncode or (ended.stderr.count("\n") == 1 and not out.exists()), ended.stderr
         return ended.returncode, ended.stderr
 
     assert timeline() == (2, f"timeline.py: {run}/log.jsonl: No such file or directory\n")
@@ -105,7 +110,10 @@ def test_timeline_of_bad_runs(tmp_path):
     rows = [dict(step=step, prompt="Once", text=f"Once {step}\n\nthen") for step in (0, 9, 20, 9)]
     (run / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "no story" in timeline()[1]
-    assert timeline("--prompt", "Once") == (0, "")
+    assert timeline("--prompt", "Once") == (0, "") and out.read_text().count("**Once**") == 1
+    (run / "milestone_000009.pt").touch()
+    assert timeline("--prompt", "Once") == (0, "") and out.read_text().count("**Once**") == 2
+    assert timeline("--prompt", "Once", "--all") == (0, "")
     assert out.read_text() == (
         "# Once ...\n\n## run\n\nstep 0, validation loss 5.5000\n\n> **Once** 0\n>\n> then\n\n"
         "step 9, validation loss 1.2500\n\n> **Once** 9\n>\n> then\n\n"
