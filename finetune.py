@@ -56,42 +56,40 @@ FREE = (
 
 def get_flags():
     flags, yes_no = Flags(), argparse.BooleanOptionalAction
-    add, whole, real = flags.add_argument, (lambda low: number(int, low)), (lambda low: number(float, low))
+    add = flags.add_argument
     add("--init", type=checkpoint_path, required=True, help="the .pt to begin with, or the folder of a run: its newest")
     add("--data", required=True, help="stories: .txt, .jsonl or a pattern of shards (*.bin); a ranked .jsonl for dpo")
     add("--method", default="sft", choices=["sft", "dpo"], help="learn to write such stories, or learn from judgements")
     add("--out_dir", default="out/finetune", help="where logs, stories and checkpoints go")
     add("--epochs", type=number(float, 0, 10_000), help="passes over the data; not given: 3 in sft, 2 in dpo")
-    add("--max_tokens", type=whole(1), help="of sft, instead of passes; not given: 50,000 for stories by a model")
+    add("--max_tokens", type=number(int, 1), help="of sft, instead of passes; not given: 50,000 for stories by a model")
     add("--lr_scale", type=number(float, 0, 1000), help="times pretraining's rates; not given: 0.1 in sft, 0.2 in dpo")
-    add("--matrix_lr", type=real(0), help="Muon's rate in pretraining; this one and those below, not given: as it was")
-    add("--down_lr", type=real(0), help="Muon's rate for the MLP's second matrix")
-    add("--embed_lr", type=real(0), help="AdamW's rate for the embedding")
-    add("--head_lr", type=real(0), help="AdamW's rate for the head, unless it is tied")
-    add("--weight_decay", type=real(0), help="of the matrices, times their rate")
+    add("--matrix_lr", type=number(float, 0), help="Muon's rate; down to --ns_steps, not given means as in pretraining")
+    add("--down_lr", type=number(float, 0), help="Muon's rate for the MLP's second matrix")
+    add("--embed_lr", type=number(float, 0), help="AdamW's rate for the embedding")
+    add("--head_lr", type=number(float, 0), help="AdamW's rate for the head, unless it is tied")
+    add("--weight_decay", type=number(float, 0), help="of the matrices, times their rate")
     add("--momentum", type=number(float, 0, 0.9999), help="Muon's")
     add("--beta1", type=number(float, 0, 0.9999), help="AdamW's")
     add("--beta2", type=number(float, 0, 0.99999), help="AdamW's")
     add("--ns_steps", type=number(int, 1, 5), help="Muon's iterations")
     add("--warmup_share", type=number(float, 0, 1), default=0.05, help="first share of the steps: the rates rise")
     add("--warmdown_share", type=number(float, 0, 1), default=1.0, help="last share of them: the rates fall to 0")
-    add("--block_size", type=whole(1), help="tokens in a row, at most the checkpoint's window; not given: all of it")
-    add("--batch_size", type=whole(1), help="most rows that a device takes at once; not given: as in pretraining")
-    add("--total_batch_size", type=whole(1), help="tokens a step of sft; not given: for 100 steps or more")
-    add("--pairs", type=whole(1), default=24, help="pairs of stories a step of dpo")
-    add("--beta", type=real(0), default=0.03, help="of dpo: the larger, the closer to the first weights")
+    add("--block_size", type=number(int, 1), help="tokens in a row; not given: the whole window of the checkpoint")
+    add("--batch_size", type=number(int, 1), help="most rows that a device takes at once; not given: as in pretraining")
+    add("--total_batch_size", type=number(int, 1), help="tokens a step of sft; not given: for 100 steps or more")
+    add("--pairs", type=number(int, 1), default=24, help="pairs of stories a step of dpo")
+    add("--beta", type=number(float, 0), default=0.03, help="of dpo: the larger, the closer to the first weights")
     add("--against", default="all", choices=["all", "one"], help="dpo: the winner against each loser, or one by chance")
-    add(
-        "--val_share", type=number(float, 0, 0.9), default=0.05, help="of the stories or groups, held out; at least one"
-    )
-    add("--val_loss_every", type=whole(0), help="steps between validations; 0: at the end only; not given: 10 in all")
-    add("--patience", type=whole(0), default=0, help="end after as many validations without a lower loss; 0: never")
-    add("--sample_every", type=whole(0), help="steps between stories; 0: never; not given: 3 in all")
+    add("--val_share", type=number(float, 0, 0.9), default=0.05, help="of the stories or groups, held out: one or more")
+    add("--val_loss_every", type=number(int, 0), help="steps between validations; 0: at the end; not given: 10 in all")
+    add("--patience", type=number(int, 0), default=0, help="end when so many validations bring no lower loss; 0: never")
+    add("--sample_every", type=number(int, 0), help="steps between stories; 0: never; not given: 3 in all")
     add("--prompt", default="It was a dark and stormy night", help="how a story begins")
-    add("--max_new_tokens", type=whole(0), default=200, help="length of a story")
-    add("--temperature", type=real(0), default=0.8, help="0 is greedy")
-    add("--save_every", type=whole(0), default=0, help="steps between checkpoints; 0: at the end only")
-    add("--keep", type=whole(1), default=2, help="how many checkpoints, the newest, stay")
+    add("--max_new_tokens", type=number(int, 0), default=200, help="length of a story")
+    add("--temperature", type=number(float, 0), default=0.8, help="0 is greedy")
+    add("--save_every", type=number(int, 0), default=0, help="steps between checkpoints; 0: at the end only")
+    add("--keep", type=number(int, 1), default=2, help="how many checkpoints, the newest, stay")
     add("--resume", default=False, action=yes_no, help="go on from the newest checkpoint in --out_dir, if any")
     add("--overwrite", default=False, action=yes_no, help="remove the checkpoints of an earlier run in --out_dir")
     add("--recompute", default=False, action=yes_no, help="activation checkpointing: less memory, a third slower")
@@ -143,22 +141,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -212,11 +214,11 @@ def get_tokenizer(spec):
     if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
         fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
-    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    if len(set(chars)) < len(chars):
+        fail("the checkpoint's tokenizer has a character twice")
+    name, special = ("bytes", {"<|endoftext|>": 256}) if spec == "bytes" else ("chars", {})
     ranks = {c: i for i, c in enumerate(chars)}
-    return tiktoken.Encoding(
-        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(tokenizer, text, name):
@@ -368,9 +370,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -514,20 +515,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -599,9 +598,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
@@ -729,7 +727,7 @@ class Optimizer:
 # --- end of optimizer ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
+# --- save checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def save_checkpoint(path, checkpoint):
@@ -751,17 +749,10 @@ def save_checkpoint(path, checkpoint):
             os.remove(temporary)
 
 
-def checkpoint_path(path):
-    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
-    if not os.path.isdir(path):
-        return path
-    try:
-        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
-    if not names:
-        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
-    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
+# --- end of save checkpoint ---
+
+
+# --- load checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def load_checkpoint(path):
@@ -783,27 +774,47 @@ def load_checkpoint(path):
     return checkpoint
 
 
+# --- end of load checkpoint ---
+
+
+# --- load model: the same in every script (tests/test_copies.py) ---
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
+
+
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint["config"])
-    if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
     try:
+        config = dict(checkpoint["config"])
+        if "kind" in config:
+            fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
         with torch.device("meta"):  # nothing is initialised only to be replaced
             model = GPT(Config(**config), dtype)
         model.load_state_dict(checkpoint["model"], assign=True)
         model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    tokens = get_tokenizer(checkpoint["tokenizer"]).n_vocab
+    if tokens != model.config.vocab_size:
+        fail(f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer {tokens}")
     for p in model.parameters():
         p.data = p.data.to(device, weights)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     return model.eval()
 
 
-# --- end of checkpoint ---
+# --- end of load model ---
 
 
 # --- generate: the same in every script (tests/test_copies.py) ---
@@ -840,13 +851,14 @@ def generate(
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
-    draws = np.stack([np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys])
-    draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # (B, N) in [0, 1)
+    chances = [np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)) for i in indices]
     texts, rows = [list(p) for p in prompts], list(range(len(prompts)))
     space = min(window, max(map(len, texts)) + max_new_tokens)
     cache = KVCache(model.config, len(rows), space, device, model.dtype)
     for step in range(max_new_tokens):
+        if step % 1024 == 0:
+            draws = np.stack([chance.random_raw(1024) for chance in chances])
+            draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # in [0, 1)
         unread = {}  # {text: its rows}: each different text is read once, all but its last token
         for i, r in enumerate(rows):
             if step == 0 or cache.lengths[i] == window:
@@ -863,7 +875,7 @@ def generate(
                     cache.copy(i, read, j)
         idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
         logits = model(idx, cache=cache)[:, -1]
-        tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
+        tokens = sample(logits, draws[rows, step % 1024], temperature, top_k, top_p).tolist()
         for r, token in zip(rows, tokens):
             texts[r].append(token)
         yield list(zip(rows, tokens))
@@ -972,7 +984,8 @@ class Shards:
             start = 1024 + 2 * (self.counts[i] - left)
             part = np.memmap(self.paths[i], "<u2", "r", offset=start, shape=min(n, left))
             if part.max() >= self.vocab_size:
-                fail(f"{self.paths[i]}: token {part.max()} is outside the vocabulary of {self.vocab_size}", code=1)
+                code = 1 if dist.is_initialized() else 2  # of several ranks, only this one may have met it
+                fail(f"{self.paths[i]}: token {part.max()} is outside the vocabulary of {self.vocab_size}", code)
             parts.append(part)
             position, n = position + len(part), n - len(part)
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -1006,6 +1019,12 @@ def checkpoints(out_dir):
     paths = glob.glob(os.path.join(glob.escape(out_dir), "ckpt_*.pt"))
     steps = {path: int(found[1]) for path in paths if (found := re.search(r"ckpt_(\d+)\.pt$", path))}
     return sorted(steps, key=steps.get, reverse=True)
+
+
+def weights_of(out_dir):
+    """All files of weights that runs left in a folder."""
+    names = glob.glob("*.pt", root_dir=out_dir)
+    return [os.path.join(out_dir, name) for name in names if re.fullmatch(r"((ckpt|milestone)_\d+|best)\.pt", name)]
 
 
 def last_good(out_dir):
@@ -1103,26 +1122,44 @@ def take_folder(flags):
         fail(f"--out_dir {flags.out_dir}: {error.strerror}")
     if not os.access(flags.out_dir, os.W_OK):
         fail(f"--out_dir {flags.out_dir}: nothing can be written there")
-    if checkpoints(flags.out_dir) and not (flags.resume or flags.overwrite):
+    if weights_of(flags.out_dir) and not (flags.resume or flags.overwrite):
         fail(f"--out_dir {flags.out_dir}: holds an earlier run; --resume goes on with it, --overwrite removes it")
 
 
-def clear_folder(out_dir, step):
-    """Remove what an interrupted save left, and what came after `step` of the run; without a step, its checkpoints."""
-    for path in glob.glob(os.path.join(glob.escape(out_dir), "*.pt.*.tmp")):
+def clear_folder(flags, resumed, step):
+    """Remove what an interrupted save left, and of an earlier run what came after `step`, or with --overwrite all."""
+    for path in glob.glob(os.path.join(glob.escape(flags.out_dir), "*.pt.*.tmp")):
         os.remove(path)
-    for path in checkpoints(out_dir) if step is None else []:
-        os.remove(path)
-    if step is not None:
-        rewind(out_dir, step)
+    if resumed:
+        rewind(flags.out_dir, step)
+    elif flags.overwrite:
+        for path in weights_of(flags.out_dir):
+            os.remove(path)
 
 
-def save_model(path, model, tokenizer, flags, step, train):
-    """Write a checkpoint, and remove the oldest; weights that are not finite end the run instead."""
+def warm_up(model, optimizer, flags, train_step):
+    """Compile, and take two steps at a rate of 0, before the clock starts: nothing is learned. Returns the seconds."""
+    start, on_gpu = time.perf_counter(), model.embed.device.type == "cuda"
+    compiled = on_gpu if flags.compile is None else flags.compile
+    if compiled:
+        model.compile_blocks()
+    if compiled or on_gpu:
+        optimizer.set_lr(0)
+        for _ in range(2):
+            train_step()
+        optimizer.state = {name: {} for name in optimizer.state}
+    return time.perf_counter() - start
+
+
+def save_model(name, model, tokenizer, flags, step, train):
+    """Write a checkpoint from rank 0, and remove the oldest; weights that are not finite end the run instead."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(f"the weights after step {step} are not finite; {last_good(flags.out_dir)}", code=1)
     whole = dict(format=1, config=dataclasses.asdict(model.config), tokenizer=tokenizer, model=model.state_dict())
-    save_checkpoint(path, {**whole, "train": {**train, "step": step, "flags": vars(flags)}})
+    train = {**train, "step": step, "flags": vars(flags)}
+    save_checkpoint(os.path.join(flags.out_dir, name), {**whole, "train": train})
     for old in checkpoints(flags.out_dir)[flags.keep :]:
         os.remove(old)
 
@@ -1139,6 +1176,14 @@ def catch_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     return stopped
+
+
+def check_loss(loss, step, out_dir):
+    """End the run when the loss of a step is not finite."""
+    if not math.isfinite(loss):
+        if int(os.environ.get("RANK", 0)) == 0:
+            fail(f"the loss is {loss} at step {step}: lower the rates; {last_good(out_dir)}", code=1)
+        raise SystemExit(1)
 
 
 def end_interrupted(stopped, out_dir):
@@ -1164,8 +1209,8 @@ def validate(model, shards, val_tokens, B, T, rank, ranks):
     return add_up([sum(torch.stack(losses).tolist()) if losses else 0.0], device)[0] / n
 
 
-def tell(model, tokenizer, flags):
-    """A story from flags.prompt: its text, and how many tokens were written."""
+def show_story(model, tokenizer, flags, log, step):
+    """Write a story from flags.prompt, and show it."""
     stop = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
     story = stop + encode(tokenizer, flags.prompt, "--prompt")
     start = len(story)
@@ -1174,7 +1219,10 @@ def tell(model, tokenizer, flags):
     for [(_, token)] in generate(model, [story], flags.max_new_tokens, **settings):
         story.append(token)
     model.train()
-    return tokenizer.decode([token for token in story if token not in stop]), len(story) - start
+    text = tokenizer.decode([token for token in story if token not in stop])
+    log.line(f"\n{text}\n")
+    about = dict(tokens=len(story) - start, seed=flags.seed, checkpoint=f"{flags.out_dir}, step {step}")
+    log.row(log.stories, id=step, step=step, prompt=flags.prompt, text=text, **about)
 
 
 def memory(device):
@@ -1369,7 +1417,8 @@ def settle(flags, base, config, size):
             taken += [key] if key not in theirs else []
             setattr(flags, key, theirs.get(key, value))
     flags.lr_scale = (0.1 if sft else 0.2) if flags.lr_scale is None else flags.lr_scale
-    if not flags.lr_scale or not any((flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)):
+    used = ("matrix_lr", "down_lr", "embed_lr") + (() if config.tie_weights else ("head_lr",))
+    if not flags.lr_scale or not any(getattr(flags, key) for key in used):
         fail(f"--lr_scale {flags.lr_scale:g}: nothing would be learned; rates and scale must be above 0")
 
     if flags.max_tokens and (flags.epochs is not None or not sft):
@@ -1439,10 +1488,7 @@ def train(flags):
     weights = (tensor.contiguous().view(torch.uint8).numpy() for tensor in base["model"].values())
     parent = dict(path=flags.init, step=base.get("train", {}).get("step"), sha256=fingerprint(weights))
     about = dict(parent=parent, data=fingerprint([*parts, *(piece for story in stories for piece in story)]))
-    best = os.path.join(out_dir, "best.pt")
     take_folder(flags)
-    if os.path.exists(best) and not (flags.resume or flags.overwrite):
-        fail(f"{best}: is there from an earlier run; --overwrite removes it")
 
     rates = [flags.lr_scale * rate for rate in (flags.matrix_lr, flags.down_lr, flags.embed_lr, flags.head_lr)]
     settings = flags.momentum, flags.weight_decay, (flags.beta1, flags.beta2), dtype, flags.ns_steps
@@ -1489,26 +1535,14 @@ def train(flags):
         logps = score_stories(model, stories, pairs.unique().tolist(), B, rank, ranks)
         return [part.mean().item() for part in preferences(logps, reference, pairs.to(device), flags.beta)]
 
-    compiled = device.type == "cuda" if flags.compile is None else flags.compile
-    start = time.perf_counter()
-    if compiled:
-        model.compile_blocks()
-    if compiled or device.type == "cuda":  # two steps at a rate of 0, before the clock starts: nothing is learned
-        optimizer.set_lr(0)
-        for _ in range(2):
-            train_step(0)
-        optimizer.state = {name: {} for name in optimizer.state}
-    warmup_time = time.perf_counter() - start
-
+    warmup_time = warm_up(model, optimizer, flags, lambda: train_step(0))
     resumed = resume(model, optimizer, base["tokenizer"], checkpoints(out_dir) if flags.resume else [])
     if resumed:
         check_resumed(flags, resumed, about)
     nothing = [0] * (1 + len(names))  # steps since the last validation, and the sums of their means
     step, train_time, best_loss, waited, since = resumed["next"] if resumed else (0, 0.0, math.inf, 0, nothing)
     if rank == 0:
-        clear_folder(out_dir, step if resumed else None)
-        if not resumed and os.path.exists(best):
-            os.remove(best)
+        clear_folder(flags, resumed, step)
     log = Log(out_dir, device, "a" if resumed else "w")
     log.line(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks} x {device.type} in {str(dtype)[6:]}; "
@@ -1534,14 +1568,12 @@ def train(flags):
             reference += score_stories(model, stories, chosen, B, rank, ranks)
 
     def save(name, train):
-        if rank == 0:
-            save_model(os.path.join(out_dir, name), model, base["tokenizer"], flags, step, {**train, **about})
-
-    stopped = catch_signals()
+        save_model(name, model, base["tokenizer"], flags, step, {**train, **about})
 
     def due(every):
         return step >= steps or (every and step % every == 0)
 
+    stopped = catch_signals()
     first, first_time, stopping, done = step, train_time, 0, False
     while True:
         state = [step, train_time, best_loss, waited, since]
@@ -1569,10 +1601,7 @@ def train(flags):
                 save("best.pt", {})
             since = nothing
         if flags.sample_every and due(flags.sample_every) and rank == 0:
-            text, tokens = tell(model, tokenizer, flags)
-            log.line(f"\n{text}\n")
-            about_it = dict(tokens=tokens, seed=flags.seed, checkpoint=f"{out_dir}, step {step}")
-            log.row(log.stories, id=step, step=step, prompt=flags.prompt, text=text, **about_it)
+            show_story(model, tokenizer, flags, log, step)
         if done and not due(flags.save_every):
             save(f"ckpt_{step:06d}.pt", everything)
         if done or step >= steps:
@@ -1583,10 +1612,7 @@ def train(flags):
         optimizer.set_lr(min(1.0, (step + 1) / warmup, (steps - step) / warmdown))
         *means, stopping = add_up([*train_step(step), len(stopped)], device)
         seconds = time.perf_counter() - start
-        if not math.isfinite(means[0]):
-            if rank == 0:
-                fail(f"the loss is {means[0]} at step {step + 1}: lower the rates; {last_good(out_dir)}", code=1)
-            raise SystemExit(1)
+        check_loss(means[0], step + 1, out_dir)
         step, train_time, since = step + 1, train_time + seconds, [a + b for a, b in zip(since, [1, *means])]
         average = (train_time - first_time) / (step - first)
         found = {f"train_{name}": value for name, value in zip(names, means)}
@@ -1598,15 +1624,14 @@ def train(flags):
             f"ETA {datetime.timedelta(seconds=round(average * (steps - step)))}"
         )
     if rank == 0:
-        last = best if flags.patience else checkpoints(out_dir)[0]
+        last = os.path.join(out_dir, "best.pt") if flags.patience else checkpoints(out_dir)[0]
         log.line(f"peak memory {memory(device):.1f} GiB; more stories: python sample.py {last}")
     if ranks > 1:
         dist.destroy_process_group()
 
 
 def main():
-    flags = get_flags()
-    run_training(train, flags)
+    run_training(train, get_flags())
 
 
 if __name__ == "__main__":

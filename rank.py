@@ -90,13 +90,13 @@ ANSWER = re.compile(
 
 
 def get_flags():
-    flags = Flags()
+    flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add = flags.add_argument
     add("stories", metavar="STORIES.jsonl", help="what sample.py --out wrote, or another file in that form")
     add("--judge", default="openai", choices=["openai", "local", "human"], help="who chooses")
     add("--out", default="ranked.jsonl", help="an object a group; the answers are kept in OUT.answers")
     add("--best", help="the winners; not given: best.jsonl beside ranked.jsonl, and x_best.jsonl beside x.jsonl")
-    add("--overwrite", action="store_true", help="forget the answers that are there")
+    add("--overwrite", default=False, action=yes_no, help="forget the answers that are there")
     add("--seed", type=int, default=1337, help="decides in which order stories are shown")
     add("--model", default="gpt-4o", help="openai: the judge")
     add("--base_url", type=web_address, default="https://api.openai.com/v1", help="openai: where it answers")
@@ -109,7 +109,7 @@ def get_flags():
     add("--max_requests", type=number(int, 0), help="openai: send no more, those of earlier runs on --out included")
     add("--max_cost", type=number(float, 0), help="openai: spend no more dollars, those of earlier runs included")
     add("--price", type=number(float, 0), nargs=2, metavar=("IN", "OUT"), help="openai: dollars for a million tokens")
-    add("--dry_run", action="store_true", help="openai: send nothing, show the first request and what to expect")
+    add("--dry_run", default=False, action=yes_no, help="openai: send nothing, show a request and what to expect")
     add("--scary", type=checkpoint_path, help="local: a model trained on scary stories, .pt or the folder of a run")
     add("--plain", type=checkpoint_path, help="local: the model that it was trained from")
     add("--repetition_penalty", type=number(float, 0), default=1.0, help="local: nats a token if all were repeated")
@@ -159,22 +159,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -228,11 +232,11 @@ def get_tokenizer(spec):
     if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
         fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
-    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    if len(set(chars)) < len(chars):
+        fail("the checkpoint's tokenizer has a character twice")
+    name, special = ("bytes", {"<|endoftext|>": 256}) if spec == "bytes" else ("chars", {})
     ranks = {c: i for i, c in enumerate(chars)}
-    return tiktoken.Encoding(
-        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(tokenizer, text, name):
@@ -337,9 +341,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -483,20 +486,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -568,9 +569,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
@@ -578,39 +578,7 @@ class GPT(nn.Module):
 # --- end of model ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a dict of plain values and tensors so that `path` is at every moment either the old file or the new one.
-
-    Exits with code 1 when the disk refuses; the old file then still stands.
-    """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def checkpoint_path(path):
-    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
-    if not os.path.isdir(path):
-        return path
-    try:
-        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
-    if not names:
-        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
-    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
+# --- load checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def load_checkpoint(path):
@@ -632,27 +600,47 @@ def load_checkpoint(path):
     return checkpoint
 
 
+# --- end of load checkpoint ---
+
+
+# --- load model: the same in every script (tests/test_copies.py) ---
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
+
+
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint["config"])
-    if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
     try:
+        config = dict(checkpoint["config"])
+        if "kind" in config:
+            fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
         with torch.device("meta"):  # nothing is initialised only to be replaced
             model = GPT(Config(**config), dtype)
         model.load_state_dict(checkpoint["model"], assign=True)
         model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    tokens = get_tokenizer(checkpoint["tokenizer"]).n_vocab
+    if tokens != model.config.vocab_size:
+        fail(f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer {tokens}")
     for p in model.parameters():
         p.data = p.data.to(device, weights)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     return model.eval()
 
 
-# --- end of checkpoint ---
+# --- end of load model ---
 
 
 # --- api: the same in every script (tests/test_copies.py) ---
@@ -1259,13 +1247,8 @@ def report(flags, groups, answers):
         cells = ", ".join(f"{place} {places[place] / total:.0%}" for place in "ABCD"[:size])
         print(f"places: {cells} of {total} votes; by chance {1 / size:.0%} each")
         [(place, most)] = places.most_common(1)
-        logs = (
-            math.lgamma(total + 1) - math.lgamma(i + 1) - math.lgamma(total - i + 1) for i in range(most, total + 1)
-        )
-        p = sum(
-            math.exp(x - i * math.log(size) + (total - i) * math.log(1 - 1 / size)) for i, x in enumerate(logs, most)
-        )
-        p = min(1.0, size * p)  # the tail of the binomial distribution, for any of the places
+        tail = sum(math.comb(total, i) * (size - 1) ** (total - i) for i in range(most, total + 1)) / size**total
+        p = min(1.0, size * tail)  # the tail of the binomial distribution, for any of the places
         if p < 0.01:
             print(f"WARNING: {place} won {most} of {total} times. A judge without a favourite place does so with a")
             print(f"probability of {p:.1g}: this one goes by the place, and its choices mean as much less.")
@@ -1288,10 +1271,8 @@ def finish(flags, best, groups, answers, undecided, ended):
     for why in dict.fromkeys(undecided.values()):
         print(f"undecided, {why}: groups {', '.join(str(g) for g in undecided if undecided[g] == why)}")
     if flags.judge == "openai":
-        cost = f"at most ${answers.cost:.4f}" if flags.price else "cost unknown"
-        print(
-            f"in all: {answers.requests:,} requests, {answers.tokens[0]:,} tokens in, {answers.tokens[1]:,} out, {cost}"
-        )
+        cost, (read, written) = f"at most ${answers.cost:.4f}" if flags.price else "cost unknown", answers.tokens
+        print(f"in all: {answers.requests:,} requests, {read:,} tokens in, {written:,} out, {cost}")
     if ended:
         fail(f"{ended[1]}; {len(left):,} groups are left, and the same command goes on", code=ended[0])
 

@@ -40,14 +40,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 
 def get_flags():
-    flags = Flags()
+    flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add = flags.add_argument
     add("checkpoint", type=checkpoint_path, help="a .pt file, or the folder of a run: its newest")
     add("--prompt", default="It was a dark and stormy night", help="how the story begins; - is standard input")
     add("--prompt_file", help="openings of several stories, one a line; - is standard input")
     add("--num", type=number(int, 1), default=1, help="stories for each opening")
     add("--out", help="a .jsonl file to add the stories to")
-    add("--interactive", action="store_true", help="keep the model loaded and ask for openings")
+    add("--interactive", default=False, action=yes_no, help="keep the model loaded and ask for openings")
     add("--max_new_tokens", type=number(int, 1), default=500, help="tokens of a story at most")
     add("--temperature", type=number(float, 0), default=0.8, help="0 is greedy")
     add("--top_k", type=number(int, 0), default=0, help="sample from the k likeliest tokens; 0 is no limit")
@@ -56,7 +56,7 @@ def get_flags():
     add("--batch_size", type=number(int, 0), default=0, help="stories at once; 0: what the memory allows")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights and activations")
-    add("--compile", action="store_true", help="write faster after half a minute; on a CPU, one story at a time only")
+    add("--compile", default=False, action=yes_no, help="faster after half a minute; on a CPU, one story at a time")
     add("--seed", type=int, default=1337, help="one seed, one story for each id")
     add("--narrate", metavar="FILE.mp3", help="have the story read aloud into this file")
     add("--speech_model", default="gpt-4o-mini-tts", help="narrate: with this model")
@@ -106,22 +106,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -175,11 +179,11 @@ def get_tokenizer(spec):
     if spec != "bytes" and not (isinstance(spec, dict) and isinstance(spec.get("chars"), str)):
         fail(f"the checkpoint names a tokenizer that is unknown here: {spec!r}")
     chars = [bytes([i]) for i in range(256)] if spec == "bytes" else [c.encode() for c in spec["chars"]]
-    special = {"<|endoftext|>": 256} if spec == "bytes" else {}
+    if len(set(chars)) < len(chars):
+        fail("the checkpoint's tokenizer has a character twice")
+    name, special = ("bytes", {"<|endoftext|>": 256}) if spec == "bytes" else ("chars", {})
     ranks = {c: i for i, c in enumerate(chars)}
-    return tiktoken.Encoding(
-        "bytes" if spec == "bytes" else "chars", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(tokenizer, text, name):
@@ -284,9 +288,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -430,20 +433,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -515,9 +516,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
@@ -525,39 +525,7 @@ class GPT(nn.Module):
 # --- end of model ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a dict of plain values and tensors so that `path` is at every moment either the old file or the new one.
-
-    Exits with code 1 when the disk refuses; the old file then still stands.
-    """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        fail(f"{path}: could not be written ({str(error).splitlines()[0]}); what was saved before is whole", code=1)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-def checkpoint_path(path):
-    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
-    if not os.path.isdir(path):
-        return path
-    try:
-        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
-    if not names:
-        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
-    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
+# --- load checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def load_checkpoint(path):
@@ -579,27 +547,47 @@ def load_checkpoint(path):
     return checkpoint
 
 
+# --- end of load checkpoint ---
+
+
+# --- load model: the same in every script (tests/test_copies.py) ---
+
+
+def checkpoint_path(path):
+    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
+    if not os.path.isdir(path):
+        return path
+    try:
+        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if not names:
+        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
+    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
+
+
 def load_model(path, checkpoint, device, dtype, weights=torch.float32):
     """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint["config"])
-    if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
     try:
+        config = dict(checkpoint["config"])
+        if "kind" in config:
+            fail(f"{path}: a {config['kind']} model, which only train_char.py runs; this takes those of --model gpt")
         with torch.device("meta"):  # nothing is initialised only to be replaced
             model = GPT(Config(**config), dtype)
         model.load_state_dict(checkpoint["model"], assign=True)
         model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
+    tokens = get_tokenizer(checkpoint["tokenizer"]).n_vocab
+    if tokens != model.config.vocab_size:
+        fail(f"{path}: the model has {model.config.vocab_size} tokens, its tokenizer {tokens}")
     for p in model.parameters():
         p.data = p.data.to(device, weights)
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
     return model.eval()
 
 
-# --- end of checkpoint ---
+# --- end of load model ---
 
 
 # --- generate: the same in every script (tests/test_copies.py) ---
@@ -636,13 +624,14 @@ def generate(
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
-    draws = np.stack([np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys])
-    draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # (B, N) in [0, 1)
+    chances = [np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)) for i in indices]
     texts, rows = [list(p) for p in prompts], list(range(len(prompts)))
     space = min(window, max(map(len, texts)) + max_new_tokens)
     cache = KVCache(model.config, len(rows), space, device, model.dtype)
     for step in range(max_new_tokens):
+        if step % 1024 == 0:
+            draws = np.stack([chance.random_raw(1024) for chance in chances])
+            draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # in [0, 1)
         unread = {}  # {text: its rows}: each different text is read once, all but its last token
         for i, r in enumerate(rows):
             if step == 0 or cache.lengths[i] == window:
@@ -659,7 +648,7 @@ def generate(
                     cache.copy(i, read, j)
         idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
         logits = model(idx, cache=cache)[:, -1]
-        tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
+        tokens = sample(logits, draws[rows, step % 1024], temperature, top_k, top_p).tolist()
         for r, token in zip(rows, tokens):
             texts[r].append(token)
         yield list(zip(rows, tokens))

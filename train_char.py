@@ -49,13 +49,11 @@ PRESETS = {
 
 def get_flags():
     tales = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "tales.txt")
-    flags = Flags()
+    flags, yes_no = Flags(), argparse.BooleanOptionalAction
     add = flags.add_argument
     add("--input", default=tales, help="UTF-8 text to learn from")
     add("--model", default="gpt", choices=["bigram", "gpt", "split", "flat"], help="split, flat: see their classes")
-    add(
-        "--preset", default="fast", choices=list(PRESETS), help="fast: good text soonest on a CPU; post: the original's"
-    )
+    add("--preset", default="fast", choices=list(PRESETS), help="fast: good text soon, on a CPU; post: the original's")
     add("--out_dir", default="out/char", help="where log, checkpoint and stories go")
     add("--prompt", default="It was a dark and stormy night", help="how the story begins")
     add("--max_new_tokens", type=number(int, 0), default=500, help="length of the story, in characters")
@@ -79,7 +77,7 @@ def get_flags():
     add("--val_loss_every", type=number(int, 0), default=250, help="steps between validations; 0: at the end only")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="float32", choices=["auto", "float32", "bfloat16"], help="of the activations")
-    add("--compile", default=False, action=argparse.BooleanOptionalAction, help="compile the blocks")
+    add("--compile", default=False, action=yes_no, help="compile the blocks")
     add("--seed", type=int, default=1337, help="of everything random")
     chosen = flags.parse_args([argument for argument in sys.argv[1:] if argument not in ("-h", "--help")])
     flags.set_defaults(**PRESETS[chosen.preset]["bigram" if chosen.model == "bigram" else "gpt"])
@@ -127,22 +125,26 @@ def number(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); Ctrl-C, and a reader of the output that has left (`| head`), end it without a traceback."""
+    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
+    code, said = 0, None
     try:
         try:
             main()
-        except KeyboardInterrupt:
-            fail("interrupted", code=130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except OSError as error:  # a disk that is full, most often
-            fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", code=1)
-        code = 0
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code, said = 130, "interrupted"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
+        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
+        if isinstance(error, BrokenPipeError):
+            code, said = 141, None
+    if said:
+        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -270,9 +272,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_length, device, dtype):
-        dtype = (
-            torch.float32 if torch.device(device).type == "cpu" else dtype
-        )  # PyTorch's attention of one query: thrice as fast
+        if torch.device(device).type == "cpu":  # PyTorch's attention of one query is thrice as fast in fp32
+            dtype = torch.float32
         shape = config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
@@ -416,20 +417,18 @@ class GPT(nn.Module):
         for all, where F.linear would find them as they were at every call. A token takes about 0.7 of the time.
         """
         mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn
-        if (
-            self.embed.device.type == "cpu"
-            and mkldnn
-            and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
-        ):
+        usable = mkldnn and (self.dtype.itemsize == 4 or mkldnn._is_mkldnn_bf16_supported())
+        if self.embed.device.type != "cpu" or not usable:
+            return self
 
-            def packed(weight):
-                weight = weight.detach().flatten(0, -2).to(self.dtype)
-                return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
+        def packed(weight):
+            weight = weight.detach().flatten(0, -2).to(self.dtype)
+            return nn.Parameter(mkldnn._reorder_linear_weight(weight, 16), requires_grad=False)
 
-            for block in self.blocks:
-                for name, weight in block.named_parameters():
-                    setattr(block, name, packed(weight))
-            self.head = packed(self.head_weight)
+        for block in self.blocks:
+            for name, weight in block.named_parameters():
+                setattr(block, name, packed(weight))
+        self.head = packed(self.head_weight)
         return self
 
     def hidden(self, idx, cache=None, lengths=None):
@@ -501,9 +500,8 @@ class GPT(nn.Module):
         most = max(self.least_rows, self.logits_at_once[x.device.type] // self.config.vocab_size)
         chunk = -(-len(x) // -(-len(x) // most)) if len(x) else 1  # as many rows in each: a shape is compiled once
         if reduction == "mean" and torch.is_grad_enabled():
-            return (
-                ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk) / (targets >= 0).sum()
-            )
+            total = ChunkedLoss.apply(x, self.head_weight, targets, self.loss_and_gradients, chunk)
+            return total / (targets >= 0).sum()
         losses = torch.cat([self.row_losses(a, t) for a, t in zip(x.split(chunk), targets.split(chunk))])
         return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
@@ -631,7 +629,7 @@ class Optimizer:
 # --- end of optimizer ---
 
 
-# --- checkpoint: the same in every script (tests/test_copies.py) ---
+# --- save checkpoint: the same in every script (tests/test_copies.py) ---
 
 
 def save_checkpoint(path, checkpoint):
@@ -653,59 +651,7 @@ def save_checkpoint(path, checkpoint):
             os.remove(temporary)
 
 
-def checkpoint_path(path):
-    """The type of a flag that takes a checkpoint, or the folder of a run: its best.pt, or else its newest ckpt_*.pt."""
-    if not os.path.isdir(path):
-        return path
-    try:
-        names = [name for name in os.listdir(path) if name.endswith(".pt") and name.startswith(("best", "ckpt"))]
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
-    if not names:
-        raise argparse.ArgumentTypeError(f"{path}: no checkpoint in this folder")
-    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", len(name), name)))
-
-
-def load_checkpoint(path):
-    """Open a checkpoint (format 1) without executing anything that it may hold; on the CPU, mapped from the disk."""
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged files raise nearly everything
-        unsafe = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
-        fail(f"{path}: {'holds code to execute, so it was not opened' if unsafe else 'is not a checkpoint'}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
-        fail(f"{path}: is not a checkpoint of these scripts (no 'format': 1)")
-    for key in ("config", "tokenizer", "model"):
-        if key not in checkpoint:
-            fail(f"{path}: is a checkpoint without '{key}'")
-    return checkpoint
-
-
-def load_model(path, checkpoint, device, dtype, weights=torch.float32):
-    """The GPT of a checkpoint opened from `path`: activations in dtype, weights in `weights`, evaluation mode."""
-    config = dict(checkpoint["config"])
-    if "kind" in config:
-        fail(
-            f"{path}: a {config['kind']} model, which only train_char.py runs; this needs one trained with --model gpt"
-        )
-    try:
-        with torch.device("meta"):  # nothing is initialised only to be replaced
-            model = GPT(Config(**config), dtype)
-        model.load_state_dict(checkpoint["model"], assign=True)
-        model.cos, model.sin = rotary_tables(model.config.block_size, model.config.n_embd // model.config.n_head)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: its config and weights do not fit together ({str(error).splitlines()[0]})")
-    for p in model.parameters():
-        p.data = p.data.to(device, weights)
-    model.cos, model.sin = model.cos.to(device), model.sin.to(device)
-    return model.eval()
-
-
-# --- end of checkpoint ---
+# --- end of save checkpoint ---
 
 
 # --- generate: the same in every script (tests/test_copies.py) ---
@@ -742,13 +688,14 @@ def generate(
     """
     device, window = model.embed.device, model.config.block_size
     indices = range(len(prompts)) if indices is None else indices
-    keys = [np.array([seed % 2**64, i], dtype=np.uint64) for i in indices]
-    draws = np.stack([np.random.Philox(key=key).random_raw(max_new_tokens) for key in keys])
-    draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # (B, N) in [0, 1)
+    chances = [np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)) for i in indices]
     texts, rows = [list(p) for p in prompts], list(range(len(prompts)))
     space = min(window, max(map(len, texts)) + max_new_tokens)
     cache = KVCache(model.config, len(rows), space, device, model.dtype)
     for step in range(max_new_tokens):
+        if step % 1024 == 0:
+            draws = np.stack([chance.random_raw(1024) for chance in chances])
+            draws = torch.from_numpy((draws >> np.uint64(40)).astype(np.float32) / 2**24).to(device)  # in [0, 1)
         unread = {}  # {text: its rows}: each different text is read once, all but its last token
         for i, r in enumerate(rows):
             if step == 0 or cache.lengths[i] == window:
@@ -765,7 +712,7 @@ def generate(
                     cache.copy(i, read, j)
         idx = torch.tensor([[texts[r][-1]] for r in rows], device=device)
         logits = model(idx, cache=cache)[:, -1]
-        tokens = sample(logits, draws[rows, step], temperature, top_k, top_p).tolist()
+        tokens = sample(logits, draws[rows, step % 1024], temperature, top_k, top_p).tolist()
         for r, token in zip(rows, tokens):
             texts[r].append(token)
         yield list(zip(rows, tokens))

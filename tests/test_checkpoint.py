@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_model import random_model
 
-import train_char as script
+import finetune as script
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -80,6 +80,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     torch.save({**good, "format": 2}, tmp_path / "future.pt")
     torch.save({**good, "config": {**good["config"], "n_layer": 5}}, tmp_path / "layers.pt")
     torch.save({**good, "config": {**good["config"], "colour": 1}}, tmp_path / "field.pt")
+    torch.save({**good, "config": 5}, tmp_path / "number.pt")
     torch.save({k: v for k, v in good.items() if k != "model"}, tmp_path / "weightless.pt")
     torch.save({**good, "config": {**good["config"], "kind": "bigram"}}, tmp_path / "bigram.pt")
     for path in sorted(set(tmp_path.iterdir()) - {tmp_path / "good.pt"}):
@@ -105,7 +106,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(tmp_path):
     path = tmp_path / "ckpt.pt"
     script.save_checkpoint(str(path), checkpoint_of(random_model()))
     before = path.read_bytes()
-    code = f"import train_char, torch; train_char.save_checkpoint({str(path)!r}, {{'x': torch.zeros(1000000)}})"
+    code = f"import finetune, torch; finetune.save_checkpoint({str(path)!r}, {{'x': torch.zeros(1000000)}})"
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

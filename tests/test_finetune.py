@@ -540,6 +540,9 @@ def test_checkpoints_and_flags_that_do_not_do_are_named(work, tmp_path, capsys, 
     assert "--init" in refused(monkeypatch, capsys, "--data", stories)
     write_base("chars.pt", tokenizer={"chars": "abc"}, vocab_size=3)
     assert "does not know the characters" in refused(monkeypatch, capsys, "--init", "chars.pt", "--data", stories)
+    write_base("tied.pt", tie_weights=True)
+    flags = ["--init", "tied.pt", "--data", stories, "--matrix_lr", 0, "--embed_lr", 0]
+    assert "nothing would be learned" in refused(monkeypatch, capsys, *flags)
     rates = "--matrix_lr 0 --embed_lr 0 --head_lr 0".split()
     for flags, words in (
         (["--lr_scale", 0], "--lr_scale 0: nothing would be learned"),

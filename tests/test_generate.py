@@ -1,5 +1,8 @@
 """Cached decoding against recomputing everything, batches of different lengths, sampling, and one seed one story."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from test_model import T, V, random_model
@@ -66,6 +69,16 @@ def test_neighbouring_seeds_share_nothing():
     model = random_model()
     stories = {tuple(collect(model, [[1]], 12, seed=seed, indices=[i])[0]) for seed in range(-3, 5) for i in range(4)}
     assert len(stories) == 32
+
+
+def test_the_chance_of_a_token_is_that_of_its_seed_row_and_position():
+    model = random_model(vocab_size=64, block_size=4096, n_layer=1, n_head=1, n_embd=8)
+    torch.nn.init.zeros_(model.head)  # every token is as likely: the number that is drawn is the token
+    steps = itertools.islice(script.generate(model, [[1], [1]], 10**12, seed=5, indices=[3, 7]), 2100)
+    texts = list(zip(*([token for _, token in step] for step in steps)))
+    for index, text in zip((3, 7), texts):
+        raw = np.random.Philox(key=np.array([5, index], np.uint64)).random_raw(2100)
+        assert text == tuple((raw >> np.uint64(58)).tolist())
 
 
 def test_rows_end_at_the_stop_token_and_the_others_go_on():

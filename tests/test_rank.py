@@ -949,7 +949,7 @@ def write_checkpoint(path, seed, tokenizer="bytes", block_size=200, vocab_size=2
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.4)
-    script.save_checkpoint(path, {"format": 1, "config": config, "tokenizer": tokenizer, "model": model.state_dict()})
+    torch.save({"format": 1, "config": config, "tokenizer": tokenizer, "model": model.state_dict()}, path)
     return model
 
 

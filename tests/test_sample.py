@@ -45,7 +45,7 @@ KEY = "sk-of-this-test-and-of-no-other"
 
 def save(path, model, tokenizer):
     config = dict(vars(model.config))
-    script.save_checkpoint(path, {"format": 1, "config": config, "tokenizer": tokenizer, "model": model.state_dict()})
+    torch.save({"format": 1, "config": config, "tokenizer": tokenizer, "model": model.state_dict()}, path)
     return model.eval()
 
 
@@ -939,6 +939,11 @@ def test_a_talk_needs_standard_input(refused, monkeypatch):
 
 def test_what_is_no_checkpoint_is_named(refused, work, tmp_path):
     (tmp_path / "notes.pt").write_text("notes")
-    for path, message in [("none.pt", "No such file"), ("notes.pt", "is not a checkpoint"), ("", "directory")]:
+    for path, message in [("none.pt", "No such file"), ("notes.pt", "is not a checkpoint"), ("", "no checkpoint in this folder")]:
         assert message in refused(tmp_path / path, "--out", tmp_path / "new" / "x.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.pt"]
+    for size in (256, 300):
+        write_checkpoint(tmp_path / "other.pt", "bytes", size)
+        assert f"other.pt: the model has {size} tokens, its tokenizer 257" in refused(tmp_path / "other.pt")
+    write_checkpoint(tmp_path / "twice.pt", {"chars": "aab"}, 3)
+    assert "a character twice" in refused(tmp_path / "twice.pt")

@@ -204,7 +204,7 @@ def test_an_interrupted_run_keeps_its_checkpoint(tmp_path, name):
         process.send_signal(name)
         rest = process.stderr.read()
     assert process.returncode == 130 and str(tmp_path / "ckpt.pt") in rest.splitlines()[-1] and "Traceback" not in rest
-    assert script.load_checkpoint(str(tmp_path / "ckpt.pt"))["train"]["step"] > 0
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["train"]["step"] > 0
     assert not list(tmp_path.glob("*.tmp"))
     run("sample.py", tmp_path / "ckpt.pt", "--max_new_tokens", 5)
 
@@ -230,6 +230,14 @@ def test_a_reader_that_leaves_is_no_error(trained):
     command = f"{sys.executable} sample.py {trained[0] / 'ckpt.pt'} --max_new_tokens 3000 | head -c 5"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == PROMPT[:5] and done.stderr == ""
+
+
+def test_a_full_disk_behind_the_output_gets_one_line(trained):
+    for flags in (["--max_new_tokens", "3"], ["--max_new_tokens", "3", "--num", "2"]):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "sample.py", trained[0] / "ckpt.pt", *flags]
+            done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        assert done.returncode == 1 and done.stderr == "sample.py: the work stopped: No space left on device\n"
 
 
 def test_a_script_copied_elsewhere_still_works(tmp_path, trained):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from test_model import as_nanochat
 
+import sample
 import train_gpt as script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -220,7 +221,7 @@ def test_a_token_outside_the_vocabulary_is_named_when_it_is_read(tmp_path, capsy
     write_shard(tmp_path / "a_1.bin", [5, V, 5])
     shards = script.Shards(str(tmp_path / "a_*.bin"), "--train_files", V)
     assert len(shards.read(0, 101)) == 101
-    assert "a_1.bin: token 257 " in refused(capsys, 1, shards.read, 90, 12)
+    assert "a_1.bin: token 257 " in refused(capsys, 2, shards.read, 90, 12)
 
 
 def test_what_is_no_shard_is_named(tmp_path, capsys):
@@ -332,7 +333,7 @@ def test_milestones_are_weights_that_sample_opens(evaluated):
 
 def test_validation_loss_is_the_mean_over_the_first_tokens(runs):
     path = str(runs / "one" / "ckpt_000020.pt")
-    model = script.load_model(path, script.load_checkpoint(path), torch.device("cpu"), torch.float32)
+    model = sample.load_model(path, sample.load_checkpoint(path), torch.device("cpu"), torch.float32)
     theirs = as_nanochat(model)
     stream = np.concatenate([np.fromfile(runs / f"val_{i}.bin", "<u2", offset=1024) for i in (0, 1)]).astype(np.int64)
     tokens = torch.from_numpy(stream)
@@ -548,8 +549,11 @@ def mistakes(runs):
     for out in ("earlier", "overwritten", "wider", "words"):
         shutil.copytree(runs / "smaller", runs / out)
     (runs / "file").write_text("")
+    (runs / "milestones").mkdir()
+    (runs / "milestones" / "milestone_000010.pt").write_bytes(b"weights")
     tries = {
         "earlier": [],
+        "milestones": [],
         "wider": ["--resume", "--n_embd", 64],
         "words": ["--resume", "--tokenizer", "gpt2"],
         "uneven": ["--total_batch_size", 500],
@@ -566,13 +570,17 @@ def mistakes(runs):
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(runs, mistakes):
-    assert all(word in mistakes["earlier"] for word in ("earlier", "--resume", "--overwrite"))
+    for out in ("earlier", "milestones"):
+        assert all(word in mistakes[out] for word in ("earlier", "--resume", "--overwrite"))
+    assert (runs / "milestones" / "milestone_000010.pt").read_bytes() == b"weights"
     for name in os.listdir(runs / "smaller"):
         for out in ("earlier", "wider", "words"):
             assert (runs / out / name).read_bytes() == (runs / "smaller" / name).read_bytes()
-    (runs / "overwritten" / "ckpt_000099.pt").write_bytes(b"")
+    for name in ("ckpt_000099.pt", "milestone_000010.pt"):
+        (runs / "overwritten" / name).write_bytes(b"")
     train(runs, "overwritten", "--overwrite")
     assert steps_saved(runs / "overwritten") == [20] and "resumed" not in (runs / "overwritten.txt").read_text()
+    assert not list((runs / "overwritten").glob("milestone_*"))
     assert_same_end(runs / "overwritten", runs / "one")
 
 
