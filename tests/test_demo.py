@@ -65,7 +65,7 @@ def test_the_journey_is_killed_and_goes_on(copy, judge):  # noqa: F811
     assert milestones == 4 and text.count("**It was a dark and stormy night**") == 6 + milestones - 1
     log = [json.loads(line) for line in (out / "gpt" / "log.jsonl").open(encoding="utf-8")]
     for row in log:
-        if row.get("val_loss"):  # the loss of each milestone stands above its story
+        if row.get("val_loss") and (row["step"] % 6 == 0 or row["step"] == 20):  # that of each milestone
             assert f"step {row['step']}, validation loss {row['val_loss']:.4f}\n" in text
     assert sum(1 for _ in (out / "stories.jsonl").open(encoding="utf-8")) == 40
     assert sum(1 for _ in (out / "best.jsonl").open(encoding="utf-8")) == 10
