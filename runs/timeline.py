@@ -132,7 +132,9 @@ def stages(folder, prompt, everything):
             continue
         about = validated.get(max((s for s in validated if s <= step), default=None), {})
         words = [f"step {step}"]
-        words += [f"validation loss {about['val_loss']:.4f}"] if about else []
+        if about:
+            earlier = f" at step {about['step']}" if about["step"] < step else ""
+            words.append(f"validation loss {about['val_loss']:.4f}{earlier}")
         words += [f"accuracy on held-out pairs {about['val_accuracy']:.0%}"] if "val_accuracy" in about else []
         found.append((", ".join(words), text))
     return found

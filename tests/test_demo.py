@@ -117,7 +117,7 @@ def test_timeline_of_bad_runs(tmp_path):
     assert out.read_text() == (
         "# Once ...\n\n## run\n\nstep 0, validation loss 5.5000\n\n> **Once** 0\n>\n> then\n\n"
         "step 9, validation loss 1.2500\n\n> **Once** 9\n>\n> then\n\n"
-        "step 20, validation loss 1.2500\n\n> **Once** 20\n>\n> then\n"
+        "step 20, validation loss 1.2500 at step 9\n\n> **Once** 20\n>\n> then\n"
     )
     out.unlink()
     out.mkdir()
