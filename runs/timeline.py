@@ -16,6 +16,7 @@ Writes --out, Markdown.
 # ///
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -145,7 +146,12 @@ def main():
     parts = [f"# {flags.prompt} ...\n"]
     for run in flags.runs:
         name, _, folder = run.rpartition("=")
-        found = stages(folder, flags.prompt, flags.all)
+        try:
+            found = stages(folder, flags.prompt, flags.all)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fail(
+                f"{folder}: its log.jsonl or stories.jsonl is not as train_char.py, train_gpt.py or finetune.py writes it"
+            )
         if not found:
             fail(f"{folder}: no story there begins with {flags.prompt!r}")
         parts.append(f"## {name or os.path.basename(os.path.normpath(folder))}\n")
@@ -158,6 +164,8 @@ def main():
             f.write("\n".join(parts))
         os.replace(flags.out + ".tmp", flags.out)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(flags.out + ".tmp")
         fail(f"{flags.out}: {error.strerror}")
     print(f"{flags.out}: {sum('> **' in part for part in parts)} stories")
 

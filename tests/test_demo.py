@@ -105,6 +105,8 @@ def test_timeline_of_bad_runs(tmp_path):
     assert timeline() == (2, f"timeline.py: {run}/stories.jsonl: is not UTF-8\n")
     (run / "stories.jsonl").write_text("[]\n{}\n")
     assert timeline()[0] == 2
+    (run / "stories.jsonl").write_text('{"prompt": "Once", "text": 5}\n')
+    assert timeline()[0] == 2
     (run / "stories.jsonl").write_text("")
     assert "no story" in timeline()[1]
     rows = [dict(step=step, prompt="Once", text=f"Once {step}\n\nthen") for step in (0, 9, 20, 9)]
