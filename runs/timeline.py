@@ -149,9 +149,7 @@ def main():
         try:
             found = stages(folder, flags.prompt, flags.all)
         except (KeyError, TypeError, ValueError, AttributeError):
-            fail(
-                f"{folder}: its log.jsonl or stories.jsonl is not as train_char.py, train_gpt.py or finetune.py writes it"
-            )
+            fail(f"{folder}: log.jsonl or stories.jsonl is not as the training scripts write it")
         if not found:
             fail(f"{folder}: no story there begins with {flags.prompt!r}")
         parts.append(f"## {name or os.path.basename(os.path.normpath(folder))}\n")
