@@ -16,13 +16,14 @@ Trainer's, or the base's loss over the fine-tuned one's.
 """
 
 import argparse
-import glob
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+
+from common import DEMO
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -75,9 +76,6 @@ def main():
         print(f"{time.perf_counter() - started:4.0f} s: {script} {' '.join(map(str, arguments[:8]))}", file=sys.stderr)
         return done.stdout
 
-    def newest(out_dir):
-        return max(glob.glob(os.path.join(folder, out_dir, "ckpt_*.pt")))
-
     def rows(out_dir):
         with open(os.path.join(folder, out_dir, "log.jsonl"), encoding="utf-8") as f:
             return list(map(json.loads, f))
@@ -126,15 +124,15 @@ def main():
             run("data/prepare.py", text, "--tokenizer", "bytes", "--out", name, "--overwrite")
 
         def pretrain(out_dir, name, steps):
-            size = f"--n_layer 4 --n_embd 192 --n_head 3 --max_iters {steps} --warmdown_iters {steps // 2}".split()
+            size = f"--n_layer 4 --n_embd 192 --n_head 3 --max_iters {steps} --warmdown_frac 0.5".split()
             shards = "--train_files", f"{name}_train_*.bin", "--val_files", f"{name}_val_*.bin"
-            settings = "--sample_every", 0, "--val_loss_every", steps, "--out_dir", out_dir, "--overwrite"
-            run("train_gpt.py", "--preset", "demo", *size, *shards, *settings)
+            run("train_gpt.py", *DEMO, *size, *shards, "--val_loss_every", 0, "--out_dir", out_dir)
             last = [row for row in rows(out_dir) if "val_loss" in row][-1]
             return last["val_loss"], last["train_time_ms"] / 1000
 
-        def unseen(path):
+        def unseen(out_dir):
             """Nats a byte over the unseen tales, each after <|endoftext|>, in windows of the model."""
+            path = finetune.checkpoint_path(os.path.join(folder, out_dir))
             model = finetune.load_model(path, finetune.load_checkpoint(path), torch.device("cpu"), torch.float32)
             tokens, total, count = [], 0.0, 0
             for story in stories[cut:]:
@@ -150,11 +148,11 @@ def main():
         longer, time_longer = pretrain("longer", "plain", flags.max_iters * 6 // 5)
         base, time_base = ("base", time_half) if half <= longer else ("longer", time_longer)
         settings = "--lr_scale", flags.lr_scale, "--sample_every", 0, "--out_dir", "tuned", "--overwrite"
-        run("finetune.py", "--init", newest(base), "--data", "learned.txt", *settings)
+        run("finetune.py", "--init", base, "--data", "learned.txt", *settings)
         time_tuned = rows("tuned")[-1]["train_time_ms"] / 1000
         steps = (flags.max_iters if base == "base" else flags.max_iters * 6 // 5) * (time_base + time_tuned) / time_base
         _, time_alone = pretrain("alone", "learned", round(steps))
-        losses = {name: unseen(newest(name)) for name in (base, "tuned", "alone")}
+        losses = {name: unseen(name) for name in (base, "tuned", "alone")}
         print(f"\npretraining: {flags.max_iters} steps end at {half:.4f}, a fifth more at {longer:.4f}")
         print(f"{'nats a byte of unseen tales':32}{'loss':>10}   seconds of training")
         print(f"{'base, plain prose only':32}{losses[base]:10.4f}{time_base:10.0f}")

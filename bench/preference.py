@@ -21,9 +21,11 @@ import sys
 import tempfile
 import time
 
+from common import DEMO
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-SIZE = "--n_layer 4 --n_embd 192 --n_head 3 --max_iters 240 --warmdown_iters 120 --sample_every 0"
+SIZE = "--n_layer 4 --n_embd 192 --n_head 3 --max_iters 240 --warmdown_frac 0.5"
 LEARNED = """It was a dark and stormy night
 The house had been empty for years
 Nobody had told the children about the well
@@ -95,9 +97,6 @@ def main():
         print(f"{time.perf_counter() - started:4.0f} s: {script} {' '.join(map(str, arguments[:6]))}", file=sys.stderr)
         return done.stdout
 
-    def newest(out_dir):
-        return max(os.path.join(out_dir, name) for name in os.listdir(os.path.join(folder, out_dir)) if "ckpt_" in name)
-
     def write(name, text):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
             f.write(text)
@@ -108,20 +107,17 @@ def main():
 
     write("learned.txt", "\n".join(LEARNED))
     write("new.txt", "\n".join(NEW))
-    run(
-        "data/prepare.py", os.path.join(ROOT, "data/plain.txt"), "--tokenizer", "bytes", "--out", "plain", "--overwrite"
-    )
+    plain, tales = (os.path.join(ROOT, "data", name) for name in ("plain.txt", "tales.txt"))
+    run("data/prepare.py", plain, "--tokenizer", "bytes", "--out", "plain", "--overwrite")
     shards = "--train_files", "plain_train_*.bin", "--val_files", "plain_val_*.bin"
-    run("train_gpt.py", "--preset", "demo", *SIZE.split(), *shards, "--out_dir", "base", "--overwrite")
-    base = newest("base")
-    tales = os.path.join(ROOT, "data/tales.txt")
-    run("finetune.py", "--init", base, "--data", tales, "--out_dir", "sft", "--overwrite", "--lr_scale", 1)
-    sft = newest("sft")
+    run("train_gpt.py", *DEMO, *SIZE.split(), *shards, "--out_dir", "base")
+    run("finetune.py", "--init", "base", "--data", tales, "--out_dir", "sft", "--overwrite", "--lr_scale", 1)
 
     import rank
 
     os.chdir(folder)
-    models, tokenizer = rank.load_judges(argparse.Namespace(scary=sft, plain=base, device="cpu", dtype="auto"))
+    scary, plain = map(rank.checkpoint_path, ("sft", "base"))
+    models, tokenizer = rank.load_judges(argparse.Namespace(scary=scary, plain=plain, device="cpu", dtype="auto"))
 
     def score(story):
         """The judge's score of a story, as rank.py takes it, and the share of the story that is repetition."""
@@ -136,14 +132,14 @@ def main():
     for seed in range(1, flags.seeds + 1):
         dpo, told = f"dpo{seed}", f"told{seed}.jsonl"
         settings = "--max_new_tokens", 250, "--seed", seed
-        run("sample.py", sft, "--prompt_file", "learned.txt", "--num", 16, "--out", told, *settings)
-        run("rank.py", told, "--judge", "local", "--scary", sft, "--plain", base, "--out", f"ranked{seed}.jsonl")
+        run("sample.py", "sft", "--prompt_file", "learned.txt", "--num", 16, "--out", told, *settings)
+        run("rank.py", told, "--judge", "local", "--scary", "sft", "--plain", "base", "--out", f"ranked{seed}.jsonl")
         learn = "--data", f"ranked{seed}.jsonl", "--method", "dpo", "--out_dir", dpo, "--seed", seed, "--overwrite"
-        log = run("finetune.py", "--init", sft, *learn, *flags.dpo.split())
+        log = run("finetune.py", "--init", "sft", *learn, *flags.dpo.split())
         last = [line for line in log.splitlines() if line.startswith("step:")][-1]
         print(last, file=sys.stderr)
         found = {}
-        for name, checkpoint in (("before", sft), ("after", newest(dpo))):
+        for name, checkpoint in (("before", "sft"), ("after", dpo)):
             path = f"{name}{seed}.jsonl"
             run("sample.py", checkpoint, "--prompt_file", "new.txt", "--num", 8, "--out", path, *settings)
             found[name] = read(path)

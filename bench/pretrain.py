@@ -8,9 +8,10 @@ How long until a small GPT knows English prose as well as one trained the usual 
 The baseline is GPT-2's architecture from transformers, 4 layers of width 256, context 256, trained by AdamW in a plain
 loop: 4 passes over the text in batches of 16 x 256 bytes, betas 0.9 and 0.95, weight decay 0.1, 40 steps of warm-up,
 cosine to a tenth of a learning rate of 0.002 (--tune tries others), bf16 autocast where the CPU has bf16.
-Ours is `train_gpt.py --preset demo` with as many layers, the same batches in the same order, and --share of the
-baseline's steps. Both losses are means over all targets of the last 5% of each text's documents, in windows of 256;
-both times are those of training steps. The last line is `ratio: X`: the baseline's time over ours.
+Ours is train_gpt.py with the sizes and rates of runs/demo.sh, the same batches in the same order, and --share of the
+baseline's steps; in the last two thirds of them the rates fall. Both losses are means over all targets of the last 5%
+of each text's documents, in windows of 256; both times are those of training steps. The last line is `ratio: X`: the
+baseline's time over ours.
 """
 
 import argparse
@@ -24,10 +25,12 @@ import sys
 import tempfile
 import time
 
+from common import DEMO
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 TEXTS = [os.path.join(ROOT, "data", name) for name in ("tales.txt", "plain.txt")]
-B, T, PASSES, RATE = 16, 256, 4, 2e-3
+B, T, PASSES, RATE = 16, 256, 4, 2e-3  # B and T as in DEMO
 
 
 def baseline(prefix, rate):
@@ -94,19 +97,9 @@ def baseline(prefix, rate):
 
 def ours(prefix, out_dir, steps):
     """Train ours; returns its losses and time."""
-    warmdown = str(steps * 2 // 3)
-    command = [sys.executable, os.path.join(ROOT, "train_gpt.py"), "--preset", "demo", "--out_dir", out_dir]
-    command += [
-        "--train_files",
-        prefix + "_*_train_*.bin",
-        "--val_files",
-        prefix + "_*_val_*.bin",
-        "--sample_every",
-        "0",
-    ]
-    command += ["--max_iters", str(steps), "--warmdown_iters", warmdown, "--val_loss_every", "0", "--save_every", "0"]
-    command += ["--batch_size", str(B), "--block_size", str(T), "--total_batch_size", str(B * T), "--overwrite"]
-    command += ["--device", "cpu", "--val_tokens", str(2**40)]
+    files = "--train_files", prefix + "_*_train_*.bin", "--val_files", prefix + "_*_val_*.bin", "--out_dir", out_dir
+    settings = f"--max_iters {steps} --warmdown_frac 0.6667 --val_loss_every 0 --val_tokens {2**40} --save_every 0"
+    command = [sys.executable, os.path.join(ROOT, "train_gpt.py"), *DEMO, *files, *settings.split()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with open(os.path.join(out_dir, "log.jsonl"), encoding="utf-8") as f:
         last = [json.loads(line) for line in f][-1]
@@ -141,7 +134,7 @@ def main():
         theirs = run_baseline(RATE)
         mine = ours(prefix, os.path.join(folder, "run"), int(theirs["steps"] * min(flags.share, 0.5)))
     print(f"\n{'':34}{'steps':>7}{'bytes':>12}{'seconds':>9}{'held-out loss':>15}")
-    for name, row in ((f"GPT-2 by AdamW, rate {RATE:g}", theirs), ("train_gpt.py --preset demo", mine)):
+    for name, row in ((f"GPT-2 by AdamW, rate {RATE:g}", theirs), ("train_gpt.py, as in runs/demo.sh", mine)):
         print(f"{name:34}{row['steps']:7}{row['steps'] * B * T:12,}{row['seconds']:9.1f}{row['val_loss']:15.4f}")
     reached = "reached" if mine["val_loss"] <= theirs["val_loss"] else "NOT REACHED"
     print(f"the baseline's loss: {reached}, with {mine['steps'] / theirs['steps']:.2f} of its bytes")

@@ -25,19 +25,25 @@ B, T, C, L, H, V, MICRO_STEPS = 4, 512, 768, 4, 6, 4096, 16
 def ours(dtype, compiled):
     import torch
 
-    import train_gpt
+    from train_gpt import GPT, adamw_step, muon_step
 
     torch.manual_seed(0)
-    model = train_gpt.GPT(train_gpt.Config(V, T, L, H, C), dtype)
-    if compiled:
-        model.compile_blocks()
-    optimizer = train_gpt.Optimizer(model, 0.02, 0.02, 0.3, 0.008, 0.95, 0.0, (0.8, 0.95), dtype)
+    config = dict(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C)
+    model = GPT(config | dict(tie_weights=False, embed_norm=True, logit_softcap=15.0), dtype)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    square = [p for block in model.blocks for p in (block.qkv, block.o)]
+    matrices = square, [block.up for block in model.blocks], [block.down for block in model.blocks]
+    moments = {p: torch.zeros_like(p) for p in model.parameters()}
+    squares = {p: torch.zeros_like(p) for p in (model.embed, model.head)}
 
     def step(micro_steps):
         for _ in range(micro_steps):
             tokens = torch.randint(V, (B, T + 1))
-            (model(tokens[:, :-1], tokens[:, 1:]) / micro_steps).backward()
-        optimizer.step()
+            (forward(tokens[:, :-1], tokens[:, 1:]) / micro_steps).backward()
+        for params in matrices:
+            muon_step(params, [moments[p] for p in params], 0.025, 0.95, 0.05, dtype)
+        for p in squares:
+            adamw_step(p, moments[p], squares[p], 1, 0.004)
         model.zero_grad()
 
     return step

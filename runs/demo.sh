@@ -10,10 +10,12 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "runs/demo.sh: Python 3.10 or newer is needed; name one in PYTHON" >&2; exit 2; }
 
-iters=300 char_iters=450 tales_passes=3 best_tokens=4000 length=400 told=220 small=()
+sizes=(--tokenizer bytes --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --total_batch_size 4096 --batch_size 16)
+rates=(--matrix_lr 0.03 --embed_lr 0.3 --head_lr 0.01 --weight_decay 0 --warmdown_frac 0.5)
+iters=300 char_iters=450 tales_passes=3 best_tokens=4000 length=400 told=220
 if [ "${1:-}" = --quick ]; then
     iters=20 char_iters=20 tales_passes=0.05 best_tokens=2000 length=60 told=60
-    small=(--n_layer 1 --n_embd 64 --n_head 1 --total_batch_size 1024 --batch_size 4)
+    sizes+=(--n_layer 1 --n_head 1 --n_embd 64 --total_batch_size 1024 --batch_size 4)
     shift
 fi
 judge=(--judge local --scary out/demo/tales --plain out/demo/gpt)
@@ -47,7 +49,7 @@ stage char "a small transformer on the same characters" \
 stage shards "everyday prose, as shards of bytes" \
     $python data/prepare.py data/plain.txt --tokenizer bytes --out out/demo/plain --overwrite
 stage gpt "pretraining on everyday prose" \
-    $python train_gpt.py --preset demo ${small[@]+"${small[@]}"} --max_iters $iters --warmdown_iters $((iters / 2)) --out_dir out/demo/gpt \
+    $python train_gpt.py "${sizes[@]}" "${rates[@]}" --max_iters $iters --out_dir out/demo/gpt \
     --train_files "out/demo/plain_train_*.bin" --val_files "out/demo/plain_val_*.bin" --max_new_tokens $length \
     --val_loss_every $((iters / 15)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 50 --resume
 stage tales "fine-tuning on the tales" \

@@ -20,9 +20,9 @@
 #               Fine-tuning on 3 x 8.7 M tokens adds 0.35%.
 #   The judge   about 0.83 dollars for 200 requests and a few more for votes that are split: `rank.py --dry_run` on 400
 #               made-up stories of 225 words, at OpenAI's prices of August 2025. Reading aloud is not counted.
-#   Disk        15 GB of shards. A checkpoint to go on from is 12.7 GB (weights and momenta in fp32), two stay and a
-#               third is being written; 16 milestones of 6.2 GB; then 12.7 GB for each of the two or three
-#               fine-tunings: some 200 GB in all.
+#   Disk        15 GB of shards. The checkpoint to go on from is 12.7 GB (weights and momenta in fp32), and while the
+#               next one is written there are two; 16 milestones of 6.2 GB; then 12.7 GB for each of the two or three
+#               fine-tunings: some 170 GB in all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -66,8 +66,16 @@ make out/ghoul/stories.txt "$python data/prepare.py creepypastas.xlsx --column b
 # FineWeb: 75 shards of 100 M tokens hold the 7,499,612,160 of the run
 run "$python data/fineweb.py 75"
 
-# pretraining: 15,258 steps; weights for good every 1,000; a process that is lost comes back, three times
-run "$torchrun --max-restarts=3 train_gpt.py --preset 1.5B --milestone_every 1000 --out_dir out/ghoul/gpt --resume"
+# the questions of HellaSwag, which are asked during pretraining, and after it
+run "$python data/hellaswag.py"
+
+# pretraining: the original's model, steps and learning rates; weights for good every 1,000 steps; a process that is
+# lost comes back, three times
+model="--n_layer 52 --n_head 12 --n_embd 1536 --tie_weights --no-embed_norm --logit_softcap 0"
+steps="--total_batch_size 491520 --batch_size 12 --max_iters 15258 --warmdown_frac 0.2857"
+rates="--matrix_lr 0.00705 --down_lr 0.0141 --embed_lr 0.0018 --weight_decay 0"
+every="--hellaswag_every 1000 --milestone_every 1000"
+run "$torchrun --max-restarts=3 train_gpt.py $model $steps $rates $every --out_dir out/ghoul/gpt --resume"
 
 # HellaSwag over the milestones, beside the published figures of GPT-2 and GPT-3
 run "$torchrun hellaswag.py out/ghoul/gpt/milestone_*.pt --details out/ghoul/hellaswag.jsonl"

@@ -2,7 +2,7 @@
 # train_gpt.py on several machines: the same line on each of them, in any order, in a copy of this repository.
 #
 #     bash runs/nodes.sh HOST:PORT NODES [flags of train_gpt.py]
-#     bash runs/nodes.sh gpu-1:29500 2 --preset 1.5B --out_dir shared/gpt
+#     bash runs/nodes.sh gpu-1:29500 2 --hellaswag_every 1000 --out_dir shared/gpt
 #
 # HOST is one of the NODES machines, by a name or address that all of them know, and PORT is free there: at that place
 # they meet. From the environment, each machine for itself:
@@ -14,8 +14,7 @@
 # processes take free ones. --out_dir must be a folder that all machines share. Rank 0 alone writes checkpoints and
 # logs; with --resume rank 0 alone reads, and sends weights and optimizer to the others. But which machine holds
 # rank 0 is decided anew when one comes back, and it must find what the one before has saved. data/ can be shared or be
-# on each machine; when it is shared, have HellaSwag there before (hellaswag.py fetches it): every machine would write
-# the same file.
+# on each machine; so can the questions of HellaSwag, which data/hellaswag.py downloads.
 #
 # A machine is lost: processes on the others notice that it is gone, end, and wait for another one. Give the same line
 # on that machine, or on a new one, and all go on from the last checkpoint: what --save_every (steps) lets them lose.
@@ -54,5 +53,5 @@ flags=(
 )
 [ -z "${ADDRESS:-}" ] || flags+=(--local_addr="$ADDRESS")
 
-# --resume: started again, each attempt goes on from the newest checkpoint; without one it begins.
+# --resume: started again, each attempt goes on from the checkpoint; without one it begins.
 exec "$python" -m torch.distributed.run "${flags[@]}" train_gpt.py --resume "$@"

@@ -169,7 +169,7 @@ class ParsedError(Exception):
 def load(path):
     spec = importlib.util.spec_from_file_location(f"parsed_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(sys, "path", list(sys.path)):  # the benches add to it
+    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):  # as when it is run; the benches add to it
         spec.loader.exec_module(module)
     return module
 

@@ -1,5 +1,6 @@
 """
-Blocks of code between `# --- NAME: the same in every script … ---` and `# --- end of NAME ---` are the same everywhere.
+Blocks of code below `# --- NAME, the same in every script (tests/test_copies.py) ---` are the same everywhere. They end
+at the next `# --- `, or with the file; older ones begin `# --- NAME: the same …` and end with `# --- end of NAME ---`.
 
     python -m pytest tests/test_copies.py              fails when two copies differ
     python tests/test_copies.py --from train_char.py   copies that script's blocks over the others
@@ -11,12 +12,11 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+SAME = r" the same in every script \(tests/test_copies\.py\) ---\n.*?"
 BLOCK = re.compile(
-    r"^# --- (?P<name>[\w ]+): the same in every script \(tests/test_copies\.py\) ---\n"
-    r".*?^# --- end of (?P=name) ---\n",
-    re.M | re.S,
+    rf"^# --- (?P<name>[\w ]+)(?:,{SAME}(?=\n*(?:^# --- |\Z))|:{SAME}^# --- end of (?P=name) ---\n)", re.M | re.S
 )
-MARKER = re.compile(r"^# --- .*---$", re.M)
+MARKER = re.compile(r"^# --- .*the same in every script|^# --- end of ", re.M)
 
 
 def scripts():
@@ -45,22 +45,26 @@ def test_copies_are_the_same():
         for name, text in blocks(path).items():
             origin, original = first.setdefault(name, (path, text))
             assert text == original, f"block '{name}' differs in {path.name} and {origin.name}"
-    assert {"command line", "model", "generate"} <= set(first)
+    assert {"command line", "model", "start", "encoding"} <= set(first)
 
 
 def test_every_marker_belongs_to_a_block():
     for path in scripts():
-        text = path.read_text(encoding="utf-8")
-        assert len(MARKER.findall(text)) == 2 * len(blocks(path)), f"{path.name}: a marker without its other half"
+        found = sum(len(MARKER.findall(block)) for block in blocks(path).values())
+        wanted = len(MARKER.findall(path.read_text(encoding="utf-8")))
+        assert found == wanted, f"{path.name}: a marker that is misspelt, twice there, or without its other half"
 
 
 def test_spread_changes_only_blocks_of_that_name(tmp_path):
-    block = "# --- {0}: the same in every script (tests/test_copies.py) ---\n{1}\n# --- end of {0} ---\n"
+    same = "the same in every script (tests/test_copies.py) ---\n"
+    block, old = "# --- {}, " + same + "{}\n\n\n", "# --- {0}: " + same + "{1}\n# --- end of {0} ---\n"
     a, b = tmp_path / "a.py", tmp_path / "b.py"
-    a.write_text("1\n" + block.format("x", "new"))
-    b.write_text("2\n" + block.format("x", "old") + "3\n" + block.format("y", "old"))
+    a.write_text("1\n" + old.format("x", "new") + block.format("z", "new") + "# --- rest ---\n4\n")
+    text = "2\n" + old.format("x", "{0}") + "3\n" + old.format("y", "old") + block.format("w", "old")
+    text += block.format("z", "{0}").rstrip("\n") + "\n"
+    b.write_text(text.format("old"))
     assert spread(a, [a, b]) == [b]
-    assert b.read_text() == "2\n" + block.format("x", "new") + "3\n" + block.format("y", "old")
+    assert b.read_text() == text.format("new")
 
 
 def test_scripts_import_no_other_script():

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_model import as_nanochat
-from test_train_gpt import at_once, wait_for, write_shard
+from test_train_gpt import wait_for, write_shard
 
 import finetune as script
 from bench import dpo_oracle
@@ -143,12 +143,10 @@ def assert_same_end(out, reference):
 def runs(work):
     """Both methods on one process and on two, never interrupted."""
 
-    def on(out, ranks, *flags):
-        tune(work, out, *flags, ranks=ranks)
-
     before = (work / "base.pt").read_bytes()
-    at_once((on, "sft", 1, *SFT), (on, "dpo", 1, *DPO))
-    at_once((on, "sft_on_two", 2, *SFT), (on, "dpo_on_two", 2, *DPO))
+    for ranks, end in ((1, ""), (2, "_on_two")):
+        tune(work, f"sft{end}", *SFT, ranks=ranks)
+        tune(work, f"dpo{end}", *DPO, ranks=ranks)
     assert (work / "base.pt").read_bytes() == before
     return work
 
@@ -446,8 +444,8 @@ def interrupt_often(work, out, flags):
 
 
 def test_interruptions_change_nothing(runs):
-    at_once((interrupt_often, runs, "sft_killed", SFT), (interrupt_often, runs, "dpo_killed", DPO))
-    for method in ("sft", "dpo"):
+    for method, flags in (("sft", SFT), ("dpo", DPO)):
+        interrupt_often(runs, f"{method}_killed", flags)
         assert_same_end(runs / f"{method}_killed", runs / method)
 
 

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_train_gpt import ENVIRONMENT, ROOT, SLOW, TINY, assert_same_end, newest, train, wait_for, worker, write_shard
+from test_train_gpt import ENVIRONMENT, ROOT, SLOW, TINY, assert_same_end, step_of, train, wait_for, worker, write_shard
 
 HOST, OTHER = "127.0.0.2", "127.0.0.1"  # ranks go by address: the other machine has rank 0, so it writes and reads
 QUICK = "join_timeout=120,keep_alive_interval=1,keep_alive_max_attempt=5"
@@ -61,12 +61,12 @@ def start_both(work, out, *flags):
 
 def lose(work, out, machine, rank):
     """Kill a machine's torchrun and its process at once, in the middle of the run."""
-    wait_for(lambda: newest(work / out) > 2, machine)
+    wait_for(lambda: step_of(work / out) > 2, machine)
     process = worker(str(work / out), rank)
     machine.kill()
     os.kill(process, signal.SIGKILL)
     machine.wait()
-    assert newest(work / out) < 18
+    assert step_of(work / out) < 18
 
 
 def said(work, out):

@@ -204,7 +204,7 @@ def test_gpt2_line_is_for_its_tokens_and_fineweb(tmp_path, tokens, files, drawn)
     write(tmp_path / "log.jsonl", pretraining())
     assert not script.trained_on_fineweb(str(tmp_path / "log.jsonl"))
     flags = dict(val_files=f"data/{files}/*_val_*.bin")
-    torch.save(dict(format=1, tokenizer=tokens, train=dict(flags=flags)), tmp_path / "ckpt_000020.pt")
+    torch.save(dict(format=1, tokenizer=tokens, train=dict(flags=flags)), tmp_path / "ckpt.pt")
     assert script.trained_on_fineweb(str(tmp_path / "log.jsonl")) == bool(drawn)
     ax = lines([tmp_path], gpt2_line=bool(drawn))[1].axes[0]
     assert [text.xy[1] for text in ax.texts] == [3.28] * drawn

@@ -5,6 +5,7 @@ import pathlib
 import shlex
 import shutil
 import subprocess
+import sys
 
 import commands
 import pytest
@@ -12,7 +13,6 @@ import pytest
 import train_gpt
 
 RUNS = pathlib.Path(__file__).resolve().parent.parent / "runs"
-PRESETS = train_gpt.PRESETS
 
 
 def call(script, *arguments, **environment):
@@ -39,6 +39,13 @@ def value(line, flag):
     return words[words.index(flag) + 1]
 
 
+def pretraining(monkeypatch, line):
+    """The flags of train_gpt.py in a command."""
+    words = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", words[words.index("train_gpt.py") :])
+    return train_gpt.get_flags()
+
+
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.sh")), ids=lambda path: path.name)
 def test_shell_scripts_are_shell(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
@@ -52,11 +59,11 @@ def test_every_command_of_a_dry_run_is_understood(script, arguments):
             commands.parse(line)
 
 
-def test_the_journey_has_all_stages_and_each_reads_what_one_before_has_written():
+def test_the_journey_has_all_stages_and_each_reads_what_one_before_has_written(monkeypatch):
     lines, made = printed("ghoul.sh", "--dpo"), set()
-    end = ["rank.py", "finetune.py", "finetune.py", "sample.py"]
-    stages = ["mkdir", "data/prepare.py", "data/fineweb.py", "train_gpt.py", "hellaswag.py", "finetune.py", "sample.py"]
-    assert scripts(lines) == stages + end
+    stages = "mkdir data/prepare.py data/fineweb.py data/hellaswag.py train_gpt.py hellaswag.py finetune.py sample.py "
+    stages += "rank.py finetune.py finetune.py sample.py"
+    assert scripts(lines) == stages.split()
     assert printed("ghoul.sh") == [line for line in lines if "--method dpo" not in line]
     for line in lines[1:]:
         words = shlex.split(line)
@@ -67,19 +74,19 @@ def test_the_journey_has_all_stages_and_each_reads_what_one_before_has_written()
                 assert word in made or os.path.dirname(word) in made, line
         if "rank.py" in words:
             made.add("out/ghoul/best.jsonl")
-    preset = PRESETS["1.5B"]
-    assert value(lines[3], "--preset") == "1.5B"
-    assert int(lines[2].split()[-1]) * 10**8 > preset["max_iters"] * preset["total_batch_size"]
+    flags = pretraining(monkeypatch, lines[4])
+    assert int(lines[2].split()[-1]) * 10**8 > flags.max_iters * flags.total_batch_size == 7_499_612_160
+    assert 12 * flags.n_layer * flags.n_embd**2 + 50304 * flags.n_embd == 1_549_467_648 and flags.tie_weights
 
 
-def test_a_speedrun_is_of_the_seeds_that_are_named():
+def test_a_speedrun_is_of_the_seeds_that_are_named(monkeypatch):
     lines = printed("speedrun.sh", "7", "11")
     assert scripts(lines) == ["data/fineweb.py", "train_gpt.py", "train_gpt.py", "grep", "grep"]
     assert [value(line, "--seed") for line in lines[1:3]] == ["7", "11"]
     assert len({value(line, "--out_dir") for line in lines[1:3]}) == 2
     assert len(printed("speedrun.sh")) == 7
-    preset = PRESETS["124M"]
-    assert int(lines[0].split()[-1]) * 10**8 > preset["max_iters"] * preset["total_batch_size"]
+    flags = pretraining(monkeypatch, lines[1])
+    assert int(lines[0].split()[-1]) * 10**8 > flags.max_iters * flags.total_batch_size
 
 
 @pytest.fixture
@@ -100,12 +107,12 @@ def calls(ghoul):
 
 def test_what_is_printed_is_carried_out_until_a_stage_fails(ghoul):
     stub = ghoul.parent.parent / "python"
-    code, said, _ = call(ghoul, PYTHON=stub, FAILS="hellaswag.py")
-    assert code == 1 and len(said.splitlines()) == 5 and "hellaswag.py" in calls(ghoul)[-1]
+    code, said, _ = call(ghoul, PYTHON=stub, FAILS="train_gpt.py")
+    assert code == 1 and len(said.splitlines()) == 5 and "train_gpt.py" in calls(ghoul)[-1]
     code, said, _ = call(ghoul, PYTHON=stub, FAILS="nothing")
     assert code == 0
     expected = [" ".join(shlex.split(line)[1:]) for line in said.splitlines()[1:]]
-    assert calls(ghoul)[4:] == expected and len(expected) == 9
+    assert calls(ghoul)[4:] == expected and len(expected) == 10
     assert [line.replace(f"{stub} -m torch.distributed.run", "torchrun") for line in said.splitlines()[1:]] == [
         line.replace("python ", f"{stub} ") for line in printed("ghoul.sh")[1:]
     ]
@@ -117,7 +124,7 @@ def test_what_is_made_once_is_not_made_again(ghoul):
     for name in ("stories.txt", "story.mp3"):
         (folder / "out" / "ghoul" / name).touch()
     assert call(ghoul, PYTHON=folder / "python", FAILS="nothing")[0] == 0
-    assert len(calls(ghoul)) == 7 and not any("prepare.py" in line or "--narrate" in line for line in calls(ghoul))
+    assert len(calls(ghoul)) == 8 and not any("prepare.py" in line or "--narrate" in line for line in calls(ghoul))
 
 
 def test_what_is_missing_is_said_before_anything_is_done(ghoul):
