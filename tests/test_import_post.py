@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import finetune
 import runs.import_post as script
-import sample
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BLOCK = "transformer_blocks.transformers.1"
@@ -135,8 +135,8 @@ def small_vocabulary(monkeypatch):
 
 
 def opened(path):
-    checkpoint = sample.load_checkpoint(str(path))
-    model = sample.GPT(sample.Config(**checkpoint["config"]))
+    checkpoint = finetune.load_checkpoint(str(path))
+    model = finetune.GPT(finetune.Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     return model
 

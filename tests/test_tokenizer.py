@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 import tiktoken
 import transformers
 from conftest import BPE
@@ -18,14 +17,14 @@ def test_gpt2_is_that_of_transformers():
     theirs = transformers.GPT2Tokenizer(str(BPE / "encoder.json"), str(BPE / "vocab.bpe"))
     ours = script.get_tokenizer("gpt2")
     text = TEXT.replace("<|endoftext|>", "")
-    assert script.encode(ours, text, "text") == theirs(text)["input_ids"]
+    assert ours.encode_ordinary(text) == theirs(text)["input_ids"]
     assert ours.n_vocab == 50257 and ours.eot_token == 50256
 
 
 def test_bytes_are_bytes():
     tokenizer = script.get_tokenizer("bytes")
     assert isinstance(tokenizer, tiktoken.Encoding)
-    assert script.encode(tokenizer, TEXT, "text") == list(TEXT.encode())
+    assert tokenizer.encode_ordinary(TEXT) == list(TEXT.encode())
     assert tokenizer.decode(list(TEXT.encode())) == TEXT
     assert tokenizer.n_vocab == 257 and tokenizer.eot_token == 256
     assert tokenizer.encode("a<|endoftext|>", allowed_special="all") == [97, 256]
@@ -35,24 +34,8 @@ def test_characters_are_numbered_as_they_stand():
     chars = "\n aébИ\U0001f989"
     tokenizer = script.get_tokenizer({"chars": chars})
     assert isinstance(tokenizer, tiktoken.Encoding) and tokenizer.n_vocab == len(chars)
-    assert script.encode(tokenizer, chars * 3, "text") == list(range(len(chars))) * 3
+    assert tokenizer.encode_ordinary(chars * 3) == list(range(len(chars))) * 3
     assert tokenizer.decode([6, 2, 3]) == "\U0001f989aé"
-
-
-def test_unknown_characters_are_named(capsys):
-    tokenizer = script.get_tokenizer({"chars": "abc"})
-    with pytest.raises(SystemExit) as stop:
-        script.encode(tokenizer, "abcxay", "--prompt")
-    assert (
-        stop.value.code == 2 and "--prompt: the checkpoint does not know the characters 'xy'" in capsys.readouterr().err
-    )
-
-
-def test_unknown_tokenizers_are_named(capsys):
-    for spec in ("gpt9", 5, {"words": "a"}, {"chars": 5}):
-        with pytest.raises(SystemExit) as stop:
-            script.get_tokenizer(spec)
-        assert stop.value.code == 2 and repr(spec) in capsys.readouterr().err
 
 
 def test_without_a_network_one_line_says_what_to_do(tmp_path):
