@@ -1,8 +1,8 @@
 """
 How long until a character model knows a text as well as nanoGPT's CPU recipe does? Whole commands, side by side.
 
-    python bench/char_speedrun.py --input tinyshakespeare.txt            (about 4 minutes on 2 cores)
-    python bench/char_speedrun.py --input tinyshakespeare.txt --long     (3 more: the default preset in the same time)
+    python bench/char_speedrun.py --data tinyshakespeare.txt            (about 4 minutes on 2 cores)
+    python bench/char_speedrun.py --data tinyshakespeare.txt --long     (3 more: the default flags in the same time)
 
 The baseline is GPT-2's architecture from transformers, trained in a plain loop at nanoGPT's recipe for CPUs: 4 layers,
 4 heads, width 128, context 64, batch 12, AdamW at 1e-3 with betas 0.9 and 0.99, 100 steps of warm-up, cosine to 1e-4,
@@ -22,7 +22,7 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SPRINT = "--n_layer 1 --n_head 2 --n_embd 64 --block_size 80 --batch_size 12 --max_iters 540 --warmdown_iters 270"
+SPRINT = "--n_layer 1 --n_head 2 --n_embd 64 --block_size 80 --batch_size 12 --max_iters 540 --warmdown_frac 0.5"
 SPRINT = [
     *SPRINT.split(),
     *"--matrix_lr 0.03 --embed_lr 0.3 --momentum 0.9 --val_loss_every 0 --max_new_tokens 100 --prompt".split(),
@@ -95,26 +95,26 @@ def ours(path, arguments):
     """(seconds, validation loss) of train_char.py."""
     with tempfile.TemporaryDirectory() as out:
         script = os.path.join(ROOT, "train_char.py")
-        seconds, _ = timed([sys.executable, script, "--input", path, "--out_dir", out, "--device", "cpu", *arguments])
+        seconds, _ = timed([sys.executable, script, "--data", path, "--out_dir", out, "--device", "cpu", *arguments])
         with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as f:
             return seconds, json.loads(f.readlines()[-1])["val_loss"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="the text; the published figures are for tinyshakespeare")
-    parser.add_argument("--long", action="store_true", help="also run the default preset")
+    parser.add_argument("--data", required=True, help="the text; the published figures are for tinyshakespeare")
+    parser.add_argument("--long", action="store_true", help="also run the default flags")
     parser.add_argument("--baseline", action="store_true", help="run the baseline alone, in this process")
     flags = parser.parse_args()
     if flags.baseline:
-        return baseline(flags.input)
-    rows = [("sprint, seed 1", *ours(flags.input, [*SPRINT, "--seed", "1"]))]
-    seconds, printed = timed([sys.executable, __file__, "--input", flags.input, "--baseline"])
+        return baseline(flags.data)
+    rows = [("sprint, seed 1", *ours(flags.data, [*SPRINT, "--seed", "1"]))]
+    seconds, printed = timed([sys.executable, __file__, "--data", flags.data, "--baseline"])
     rows.append(("baseline", seconds, json.loads(printed.splitlines()[-1])["val_loss"]))
     for seed in ("2", "3"):
-        rows.append((f"sprint, seed {seed}", *ours(flags.input, [*SPRINT, "--seed", seed])))
+        rows.append((f"sprint, seed {seed}", *ours(flags.data, [*SPRINT, "--seed", seed])))
     if flags.long:
-        rows.append(("default preset", *ours(flags.input, ["--prompt", "The ", "--val_loss_every", "0"])))
+        rows.append(("default flags", *ours(flags.data, ["--prompt", "The ", "--val_loss_every", "0"])))
     print(f"{'whole command':<20}{'seconds':>10}{'val_loss':>10}")
     for name, taken, loss in rows:
         print(f"{name:<20}{taken:>10.1f}{loss:>10.4f}")

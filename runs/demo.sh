@@ -43,9 +43,9 @@ stage() {
 
 begun=$SECONDS
 stage bigram "the tales, and a bigram model of their characters" \
-    $python train_char.py --model bigram --out_dir out/demo/bigram --max_new_tokens $length
+    $python train_char.py --model bigram --out_dir out/demo/bigram --overwrite --max_new_tokens $length
 stage char "a small transformer on the same characters" \
-    $python train_char.py --out_dir out/demo/char --max_iters $char_iters --val_loss_every $((char_iters / 5)) --max_new_tokens $length
+    $python train_char.py --out_dir out/demo/char --overwrite --max_iters $char_iters --val_loss_every $((char_iters / 5)) --max_new_tokens $length
 stage shards "everyday prose, as shards of bytes" \
     $python data/prepare.py data/plain.txt --tokenizer bytes --out out/demo/plain --overwrite
 stage gpt "pretraining on everyday prose" \

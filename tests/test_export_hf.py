@@ -1,7 +1,6 @@
 """runs/export_hf.py: transformers opens what it writes and says the same, tokenizers against tiktoken, mistakes."""
 
 import concurrent.futures
-import dataclasses
 import json
 import os
 import pathlib
@@ -52,7 +51,7 @@ def write_checkpoint(path, name="bytes", seed=0, **changes):
 
 
 def save(path, model, spec, **config):
-    config = dataclasses.asdict(model.config) | config
+    config = model.config | config
     torch.save({"format": 1, "config": config, "tokenizer": spec, "model": model.state_dict()}, path)
 
 
