@@ -31,7 +31,8 @@ GROUPS = [  # a prompt, and how the winner and the losers go on; some of them ar
 
 def make_model(phase):
     """A model whose weights are sines of squares: as good as random, and the same on every machine."""
-    model = script.GPT(script.Config(V, WINDOW, n_layer=2, n_head=2, n_embd=16))
+    sizes = dict(vocab_size=V, block_size=WINDOW, n_layer=2, n_head=2, n_embd=16)
+    model = script.GPT(sizes | dict(tie_weights=False, embed_norm=True, logit_softcap=15.0))
     with torch.no_grad():
         for number, p in enumerate(model.parameters()):
             i = torch.arange(p.numel(), dtype=torch.float64)
@@ -57,23 +58,21 @@ def ours():
             for number, (prompt, rests) in enumerate(GROUPS):
                 told = {key: dict(id=0, prompt=prompt, text=prompt + rest) for key, rest in zip("BACD", rests)}
                 f.write(json.dumps({"group": number, "stories": told, "best": "B"}) + "\n")
-        stories, groups, _ = script.read_groups(path, script.get_tokenizer("bytes"), WINDOW, "all", 0)
-    first, model = make_model(0.0), make_model(0.3)
+        stories, groups = script.read_groups(path, script.get_tokenizer("bytes"), WINDOW, "all", 0)
+    first, model, device = make_model(0.0), make_model(0.3), torch.device("cpu")
     pairs = torch.cat([torch.from_numpy(group) for group in groups])  # (5, 2)
+    loss = script.compare(model, first, stories, pairs, 2, BETA, 1 / len(pairs))[0].item()  # in three micro-batches
     with torch.no_grad():
-        reference = script.story_logps(first, stories)
-    logps = script.story_logps(model, stories)
-    losses, _, _ = script.preferences(logps, reference, pairs, BETA)
-    losses.mean().backward()
-    rewards = BETA * (logps - reference).detach()[pairs].mean(0)
+        pi_logps, ref_logps = (script.story_logps(m, stories, device) for m in (model, first))
+    rewards = BETA * (pi_logps - ref_logps)[pairs].mean(0)
     gradients = {name: p.grad[:V] if name in ("embed", "head") else p.grad for name, p in model.named_parameters()}
-    return gradients, figures(losses.mean().item(), rewards.tolist(), gradients)
+    return gradients, figures(loss, rewards.tolist(), gradients)
 
 
 def theirs():
     """The same of TRL's trainer."""
     from datasets import Dataset
-    from test_model import as_nanochat
+    from test_train_gpt import as_nanochat
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer

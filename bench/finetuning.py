@@ -95,10 +95,11 @@ def main():
 
     if flags.part == "speed":
         torch.manual_seed(0)
-        config = finetune.Config(50257, T, 4, flags.width // 64, flags.width)
+        config = dict(vocab_size=50257, block_size=T, n_layer=4, n_head=flags.width // 64, n_embd=flags.width)
+        config |= dict(tie_weights=False, embed_norm=True, logit_softcap=15.0)
         model = finetune.GPT(config)
         torch.nn.init.normal_(model.head, std=0.02)
-        whole = dict(format=1, config=vars(config), tokenizer="gpt2", model=model.state_dict())
+        whole = dict(format=1, config=config, tokenizer="gpt2", model=model.state_dict())
         torch.save(whole, os.path.join(folder, "random.pt"))
         tokens = finetune.get_tokenizer("gpt2").encode_ordinary(tales)
         run("runs/export_hf.py", "random.pt", "hf", "--overwrite")
@@ -132,16 +133,15 @@ def main():
 
         def unseen(out_dir):
             """Nats a byte over the unseen tales, each after <|endoftext|>, in windows of the model."""
-            path = finetune.checkpoint_path(os.path.join(folder, out_dir))
-            model = finetune.load_model(path, finetune.load_checkpoint(path), torch.device("cpu"), torch.float32)
+            _, _, model, _ = finetune.open_checkpoint(os.path.join(folder, out_dir))
             tokens, total, count = [], 0.0, 0
             for story in stories[cut:]:
                 tokens += [256, *story.encode()]
             for i in range(0, len(tokens) - 1, T):
                 x, y = torch.tensor([tokens[i : i + T]]), torch.tensor([tokens[i + 1 : i + T + 1]])
                 with torch.no_grad():
-                    losses = model(x[:, : y.size(1)], y, reduction="none")
-                total, count = total + losses.sum().item(), count + len(losses)
+                    total += model(x[:, : y.size(1)], y, reduction="sum").item()
+                count += y.numel()
             return total / count
 
         half, time_half = pretrain("base", "plain", flags.max_iters)

@@ -211,7 +211,8 @@ def convert(path, theirs, head_size, block_size):
 
     config = dict(vocab_size=GPT2_TOKENS, block_size=block_size, n_layer=n_layer, n_head=C // head_size, n_embd=C)
     config.update(tie_weights=True, embed_norm=False, logit_softcap=0.0)
-    return {"format": 1, "config": config, "tokenizer": "gpt2", "model": model}
+    rates = dict(matrix_lr=0.00705, down_lr=0.0141, embed_lr=0.0018, weight_decay=0.0)  # the post's, for finetune.py
+    return {"format": 1, "config": config, "tokenizer": "gpt2", "model": model, "train": {"flags": rates}}
 
 
 def main():
