@@ -116,17 +116,13 @@ def main():
     import rank
 
     os.chdir(folder)
-    scary, plain = map(rank.checkpoint_path, ("sft", "base"))
-    models, tokenizer = rank.load_judges(argparse.Namespace(scary=scary, plain=plain, device="cpu", dtype="auto"))
+    settings = argparse.Namespace(scary="sft", plain="base", device="cpu", dtype="auto", repetition_penalty=1.0)
+    judges = rank.load_judges(settings)
 
     def score(story):
         """The judge's score of a story, as rank.py takes it, and the share of the story that is repetition."""
-        context, tokens, _ = rank.prepare(story, tokenizer, models[0].config.block_size)
-        if not tokens:
-            return -float("inf"), 0.0
-        (scary,), (plain,) = (rank.mean_losses(model, [(context, tokens)]) for model in models)
-        again = rank.repeated(tokens, 16)
-        return plain - scary - again, again
+        (points,), (again,) = rank.score(settings, *judges, [story])
+        return points, again
 
     rows = []
     for seed in range(1, flags.seeds + 1):

@@ -95,7 +95,7 @@ def main():
         start, right = time.perf_counter(), True
         for g, group in enumerate(groups):
             for vote in range(2):
-                order = rank.order_of(1337, g, vote, 4)
+                order = rank.ORDERS[4][vote]
                 body = rank.make_body(settings, (), group, order)
                 reply = requests.post(f"{url}/chat/completions", json=body).json()["choices"][0]["message"]["content"]
                 right &= order["ABCD".index(rank.read_reply(reply, "ABCD")[0])] == best[g]
