@@ -615,7 +615,8 @@ def main():
     device, dtype = get_device(args.device, args.dtype)
     compiled = sft and (device.type == "cuda" if args.compile is None else args.compile)
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+    rank = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     ddp, agent = world_size > 1, os.getppid()
     if ddp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -254,7 +254,8 @@ def main():
         fail("name one checkpoint or more, or a model of transformers with --hf")
     device, dtype = get_device(flags.device, flags.dtype)
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper cuDNN builds a plan, some 50 ms, for each new shape
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
+    ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if ranks > 1:
         dist.init_process_group("gloo")  # only losses are passed on
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")

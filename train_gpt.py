@@ -446,7 +446,8 @@ def main():
     compiled = device.type == "cuda" if args.compile is None else args.compile
     T, steps, path = args.block_size, args.max_iters, os.path.join(args.out_dir, "ckpt.pt")
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+    rank = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     ddp, parent = world_size > 1, os.getppid()
     if ddp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
