@@ -121,7 +121,7 @@ def test_transformers_computes_the_same_logits(exports, case):
     V = SPECS[case[0]][1]
     idx = torch.randint(V, (2, WINDOW), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected, logits = ours(idx), theirs(idx).logits
+        expected, logits = ours(idx)[..., :V], theirs(idx).logits
     assert type(theirs) is NanoChatForCausalLM and theirs.dtype == torch.float32 and logits.shape == (2, WINDOW, V)
     assert (logits - expected).abs().max() < 1e-5 and expected.std() > 1
     tied = theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
@@ -189,7 +189,7 @@ def test_large_models_become_several_files(tmp_path, monkeypatch):
     theirs, _ = opened(tmp_path / "x")
     idx = torch.arange(100)[None]
     with torch.no_grad():
-        assert (theirs(idx).logits - model(idx)).abs().max() < 1e-5
+        assert (theirs(idx).logits - model(idx)[..., :257]).abs().max() < 1e-5
     monkeypatch.undo()
     assert main(tmp_path / "x.pt", tmp_path / "x", "--overwrite") == 0
     assert [path.name for path in (tmp_path / "x").glob("*.safetensors*")] == ["model.safetensors"]
