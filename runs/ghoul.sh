@@ -69,6 +69,9 @@ run "$python data/fineweb.py 75"
 # the questions of HellaSwag, which are asked during pretraining, and after it
 run "$python data/hellaswag.py"
 
+# without this, a process that comes back may read addresses of dead ones
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # pretraining: the original's model, steps and learning rates; weights for good every 1,000 steps; a process that is
 # lost comes back, three times
 model="--n_layer 52 --n_head 12 --n_embd 1536 --tie_weights --no-embed_norm --logit_softcap 0"
