@@ -116,12 +116,12 @@ def main():
     import rank
 
     os.chdir(folder)
-    settings = argparse.Namespace(scary="sft", plain="base", device="cpu", dtype="auto", repetition_penalty=1.0)
-    judges = rank.load_judges(settings)
+    local = argparse.Namespace(scary="sft", plain="base", device="cpu", dtype="auto", repetition_penalty=1.0)
+    judges = rank.load_judges(local)
 
     def score(story):
         """The judge's score of a story, as rank.py takes it, and the share of the story that is repetition."""
-        (points,), (again,) = rank.score(settings, *judges, [story])
+        (points,), (again,) = rank.score(local, *judges, [story])
         return points, again
 
     rows = []
