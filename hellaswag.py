@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import zipfile
 
 import tiktoken
 import torch
@@ -150,27 +151,26 @@ def get_tokenizer(name):
 
 
 # --- checkpoint, questions and details ---
-def find_checkpoint(path):
-    """The folder of a run stands for its checkpoint: best.pt, ckpt.pt, or the newest ckpt_*.pt of earlier versions."""
-    if not os.path.isdir(path):
-        return path
-    names = [name for name in os.listdir(path) if re.fullmatch(r"best\.pt|ckpt\.pt|ckpt_\d+\.pt", name)]
-    if not names:
-        fail(f"{path}: no checkpoint in this folder")
-    return os.path.join(path, max(names, key=lambda name: (name == "best.pt", name == "ckpt.pt", len(name), name)))
-
-
-def load_checkpoint(path):
-    """A checkpoint (format 1) as a dict. Nothing that it may hold is executed; weights are mapped, not yet read."""
+def load_checkpoint(path, device, dtype):
+    """Open a checkpoint, executing nothing of it: a dict, its "model" in `dtype` on `device` as 2D matrices."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load() does not verify the checksum of what is not a weight
+            archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if checkpoint["format"] == 1 and {"config", "tokenizer", "model"} <= set(checkpoint):
-            return checkpoint
-    except OSError:
+        weights = {name: weight.to(device, dtype).flatten(0, -2) for name, weight in checkpoint["model"].items()}
+        assert all(weight.abs().max() < 2**16 for weight in weights.values())  # none that was trained is larger
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
         raise
     except Exception:  # damaged files raise nearly everything
-        pass
-    fail(f"{path}: not a checkpoint of these scripts")
+        fail(f"{path}: not a checkpoint of these scripts, or a damaged one")
+    if checkpoint["tokenizer"] not in ("gpt2", "bytes"):
+        fail(f"{path}: knows only the characters of its own text, and the questions hold others")
+    weights.setdefault("head", weights["embed"])  # tied
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # F.linear makes this layout anew at every call, in twice the time; PyTorch has no public call for it
+        for name in set(weights) - {"embed"}:
+            weights[name] = torch.ops.mkldnn._reorder_linear_weight(weights[name], 16)
+    return dict(checkpoint, model=weights)
 
 
 def read_questions(path):
@@ -261,7 +261,8 @@ def main():
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")
     questions, details = read_questions(flags.data)[: flags.questions], read_details(flags.details)
     print(f"{flags.style + ' style':40}{'questions':>10}   {'acc':19}acc_norm")
-    for path in [find_checkpoint(path) for path in flags.checkpoints] or [flags.hf]:
+    for path in flags.checkpoints or [flags.hf]:
+        path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) and not flags.hf else path
         if flags.hf:
             try:
                 import transformers
@@ -274,16 +275,7 @@ def main():
             encode = functools.partial(tokenizer.encode, add_special_tokens=flags.style == "harness")
             step, start, window = None, [], getattr(model.config, "max_position_embeddings", None) or 2048
         else:
-            model = load_checkpoint(path)
-            if model["tokenizer"] not in ("gpt2", "bytes"):
-                fail(f"{path}: knows only the characters of its own text, and the questions hold others")
-            weights = {name: weight.to(device, dtype).flatten(0, -2) for name, weight in model["model"].items()}
-            weights.setdefault("head", weights["embed"])  # tied
-            if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-                # F.linear makes this layout anew at every call, in twice the time; PyTorch has no public call for it
-                for name in set(weights) - {"embed"}:
-                    weights[name] = torch.ops.mkldnn._reorder_linear_weight(weights[name], 16)
-            model["model"] = weights
+            model = load_checkpoint(path, device, dtype)
             tokenizer = get_tokenizer(model["tokenizer"])
             encode, start = tokenizer.encode_ordinary, [tokenizer.eot_token] if flags.style == "harness" else []
             step, window = model.get("train", {}).get("step"), model["config"]["block_size"]

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 
 import numpy as np
 import requests
@@ -114,21 +115,20 @@ def get_tokenizer(spec):
 
 
 def load(path, device, dtype, compiled=False):
-    """Open a checkpoint, or the newest in a folder, executing nothing of it: (path, config, weights, tokenizer)."""
-    if os.path.isdir(path):
-        names = [name for name in os.listdir(path) if re.fullmatch(r"best\.pt|ckpt\.pt|ckpt_\d+\.pt", name)]
-        if not names:
-            fail(f"{path}: no checkpoint in this folder")
-        path = os.path.join(path, max(names, key=lambda name: (name == "best.pt", name == "ckpt.pt", len(name), name)))
+    """Open a checkpoint, or that in a run's folder, executing nothing of it: (path, config, weights, tokenizer)."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load() does not verify the checksum of what is not a weight
+            archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config, model, tokenizer = checkpoint["config"], checkpoint["model"], get_tokenizer(checkpoint["tokenizer"])
         assert "kind" not in config  # a bigram, for example
-    except OSError:
+        weights = {name: weight.to(device, dtype).flatten(0, -2) for name, weight in model.items()}
+        assert all(weight.abs().max() < 2**16 for weight in weights.values())  # none that was trained is larger
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
         raise
     except Exception:  # damaged files raise nearly everything
-        fail(f"{path}: not a checkpoint of these scripts, or one that only train_char.py runs")
-    weights = {name: weight.to(device, dtype).flatten(0, -2) for name, weight in model.items()}
+        fail(f"{path}: not a checkpoint of these scripts, a damaged one, or one that only train_char.py runs")
     weights.setdefault("head", weights["embed"])  # tied
     if device.type == "cpu" and not compiled and (dtype.itemsize == 4 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         for name in set(weights) - {"embed"}:  # packed once: F.linear would reorder them at every call
@@ -240,9 +240,7 @@ def generate(config, weights, prompts, ids, max_new_tokens, sampling, seed, batc
     most = batch_size or (max(1, min(256, torch.cuda.mem_get_info()[0] // 2 // row_bytes)) if cuda else 32)
     B = math.ceil(len(prompts) / math.ceil(len(prompts) / most))  # batches of equal size
     shape = B, config["n_head"], S, config["n_embd"] // config["n_head"]
-    dtype = (
-        torch.float32 if device.type == "cpu" else weights["embed"].dtype
-    )  # in bf16 attention takes a CPU thrice as long
+    dtype = torch.float32 if device.type == "cpu" else weights["embed"].dtype  # attention in bf16 is slow on a CPU
     # not one tensor for all layers: a compiled model would copy it as a whole at every step
     cache = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in range(config["n_layer"])]
     raw = [np.random.Philox(key=np.array([seed % 2**64, i], np.uint64)).random_raw(max_new_tokens) for i in ids]

@@ -279,7 +279,7 @@ def test_mistakes_get_one_line(work, tmp_path, monkeypatch, capsys):
         ("few.jsonl",): "few.jsonl: not a checkpoint",
         (tmp_path / "chars.pt",): "chars.pt: knows only the characters of its own text",
         ("none.pt",): "No such file or directory: 'none.pt'",
-        (tmp_path / "empty",): "no checkpoint in this folder",
+        (tmp_path / "empty",): "ckpt.pt",
         ("--hf", tmp_path / "empty"): f"--hf {tmp_path / 'empty'}: ",
         ("bytes.pt", "--data", tmp_path / "none.jsonl"): "python data/hellaswag.py fetches it",
         ("bytes.pt", "--data", tmp_path / "data.jsonl"): f"{tmp_path / 'data.jsonl'}:2: not a HellaSwag question",
