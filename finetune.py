@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def get_flags(pretraining=None):
-    """The flags. Those of PRETRAINED that a checkpoint's flags, `pretraining`, name take the place of the defaults."""
+def get_flags(pretraining=()):
+    """The flags. What a checkpoint's flags, `pretraining`, say about those in PRETRAINED takes the defaults' place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS)
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
     # data
@@ -50,11 +50,9 @@ def get_flags(pretraining=None):
     # optimization
     add("--method", default="sft", choices=["sft", "dpo"], help="learn to write such stories, or from judgements")
     add("--epochs", type=float, help="times that all the data is learned from; not given: 3, with --method dpo 2")
-    add("--max_tokens", type=int, help="instead of --epochs; not given: 50,000 for stories that a model wrote")
+    add("--max_tokens", type=int, help="sft: instead of --epochs; not given: 50,000 for stories that a model wrote")
     add("--total_batch_size", type=int, help="tokens per step of sft; not given: few enough for 100 steps")
     add("--batch_size", type=int, default=16, help="rows, or stories, per micro-batch, at most; fewer take less memory")
-    add("--warmup_frac", type=float, default=0.05, help="share of the steps over which the learning rates rise")
-    add("--warmdown_frac", type=float, default=1.0, help="share of the steps over which the learning rates fall to 0")
     add("--lr_scale", type=float, help="times the learning rates; not given: 0.1, with --method dpo 0.2")
     add("--matrix_lr", type=float, default=0.025, help="Muon's learning rate, for the matrices in the blocks")
     add("--down_lr", type=float, help="Muon's for the MLP's output matrix; not given: --matrix_lr")
@@ -64,10 +62,9 @@ def get_flags(pretraining=None):
     add("--momentum", type=float, default=0.95, help="Muon's momentum")
     add("--pairs", type=int, default=24, help="dpo: pairs of stories per step")
     add("--beta", type=float, default=0.03, help="dpo: the larger, the closer to the first weights")
-    add("--against", default="all", choices=["all", "one"], help="dpo: the winner against each loser, or one of them")
     # evaluation
-    add("--val_loss_every", type=int, help="steps between validations; 0: at the end only; not given: ten in all")
-    add("--sample_every", type=int, help="steps between stories; 0: none; not given: three in all")
+    add("--val_loss_every", type=int, default=10, help="steps between validations; 0: at the end only")
+    add("--sample_every", type=int, default=50, help="steps between stories; 0: none")
     add("--prompt", default="It was a dark and stormy night", help="how a story begins")
     add("--max_new_tokens", type=int, default=200, help="length of a story in tokens")
     # system
@@ -78,14 +75,14 @@ def get_flags(pretraining=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the activations")
     add("--compile", action=yes_no, help="compile the model (not for dpo); not given: on CUDA only")
     add("--seed", type=int, default=1337, help="of what is held out, the order of the data, and the stories")
-    parser.set_defaults(**{name: pretraining[name] for name in PRETRAINED if name in (pretraining or {})})
+    parser.set_defaults(**{name: pretraining[name] for name in PRETRAINED if name in pretraining})
     return parser.parse_args()
 
 
 PRETRAINED = "matrix_lr down_lr embed_lr head_lr weight_decay momentum batch_size".split()
-# The flags that decide what is learned: they must equal the checkpoint's to resume.
-DECISIVE = """method epochs max_tokens val_share total_batch_size warmup_frac warmdown_frac lr_scale matrix_lr
-    down_lr embed_lr head_lr weight_decay momentum pairs beta against seed""".split()
+# What decides what is learned: it must equal the checkpoint's to resume.
+DECISIVE = """init_sha256 data_sha256 method epochs max_tokens val_share total_batch_size lr_scale matrix_lr
+    down_lr embed_lr head_lr weight_decay momentum pairs beta seed""".split()
 
 
 # --- start, the same in every script (tests/test_copies.py) ---
@@ -112,12 +109,12 @@ def run(main, where=("",)):
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save() hides a full disk
         no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        line = str(cause).split("\n")[0] + ("; a smaller --batch_size takes less" if no_memory else "")
-        print(f"{os.path.basename(sys.argv[0])}: {line}{where[0]}", file=sys.stderr)
-        if not isinstance(cause, OSError) and not no_memory:
+        advice = "; try a smaller --batch_size" * no_memory + "; try --no-compile" * ("compiler" in str(error))
+        script, line = os.path.basename(sys.argv[0]), str(cause).split("\n")[0]
+        print(f"{script}: {line}{advice}{where[0]}", file=sys.stderr)
+        if not isinstance(cause, OSError) and not advice:
             raise
-        mistake = isinstance(cause, (FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError))
-        raise SystemExit(2 if mistake else 1) from None
+        raise SystemExit(2 if getattr(cause, "filename", None) else 1) from None  # a file that the user has named
 
 
 def get_device(device, dtype):
@@ -136,43 +133,16 @@ def get_device(device, dtype):
     return torch.device(device), getattr(torch, dtype)
 
 
-# --- checkpoint to begin with ---
-def get_tokenizer(spec):
+# --- encoding, the same in every script (tests/test_copies.py) ---
+def get_tokenizer(name):
     """The tiktoken.Encoding of a checkpoint's "tokenizer". bytes: token i is byte i, 256 is <|endoftext|>."""
-    if spec == "gpt2":
+    if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except OSError:  # requests' errors are OSErrors, too
+        except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
-    if spec == "bytes":
-        ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
-    else:
-        ranks, special = {c.encode(): i for i, c in enumerate(spec["chars"])}, {}
-    return tiktoken.Encoding(str(spec)[:5], pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
-
-
-def open_checkpoint(path):
-    """Open a checkpoint, or the newest in a folder, executing nothing of it: (path, checkpoint, model, tokenizer)."""
-    if os.path.isdir(path):
-        names = [name for name in os.listdir(path) if re.fullmatch(r"best\.pt|ckpt\.pt|ckpt_\d+\.pt", name)]
-        if not names:
-            fail(f"--init {path}: no checkpoint in this folder")
-        path = os.path.join(path, max(names, key=lambda name: (name == "best.pt", name == "ckpt.pt", len(name), name)))
-    try:
-        assert zipfile.ZipFile(path).testzip() is None  # torch.load() does not verify the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # earlier versions left out what was as usual
-        model = GPT(dict(tie_weights=False, embed_norm=True, logit_softcap=15.0) | checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-        tokenizer = get_tokenizer(checkpoint["tokenizer"])
-        train = dict(step=None, flags={}) | checkpoint.get("train", {})
-        train["flags"] = {name: value for name, value in train["flags"].items() if isinstance(value, (int, float))}
-        assert "kind" not in model.config and tokenizer.n_vocab == model.config["vocab_size"]  # a bigram has a kind
-    except OSError:
-        raise
-    except Exception:  # damaged files raise nearly everything
-        fail(f"--init {path}: damaged, not a checkpoint of these scripts, or one that only train_char.py runs")
-    return path, dict(checkpoint, train=train), model, tokenizer
+    ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
 
 
 # --- trained model, the same in every script (tests/test_copies.py) ---
@@ -319,6 +289,28 @@ def adamw_step(p, m, v, step, lr, betas=(0.8, 0.95), eps=1e-10):
     p.addcdiv_(m, v.sqrt().add_(eps * correction), value=-lr * correction / (1 - betas[0] ** step))
 
 
+# --- checkpoint to begin with ---
+def open_checkpoint(path):
+    """Open a checkpoint, or that in a folder, executing nothing of it: (path, checkpoint, model, tokenizer)."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    try:
+        assert zipfile.ZipFile(path).testzip() is None  # torch.load() does not verify the checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "chars" in checkpoint["tokenizer"]:
+            fail(f"--init {path}: a model of characters; train_char.py --init goes on with those")
+        # earlier versions left out what was as usual
+        model = GPT(dict(tie_weights=False, embed_norm=True, logit_softcap=15.0) | checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = get_tokenizer(checkpoint["tokenizer"])
+        train = dict(step=None, flags={}) | checkpoint.get("train", {})
+        assert tokenizer.n_vocab == model.config["vocab_size"]
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception:  # damaged files raise nearly everything
+        fail(f"--init {path}: damaged, or not a checkpoint of these scripts")
+    return path, dict(checkpoint, train=train), model, tokenizer
+
+
 # --- losses ---
 def backward_in_slices(model, idx, targets, share):
     """What loss = share * model(idx, targets); loss.backward() does; returns the loss. All targets count.
@@ -359,21 +351,11 @@ def story_logps(model, stories, device):
     return -losses.view(len(stories), length).sum(-1)
 
 
-def preference_loss(pi_logps, ref_logps, yw_yl, beta):
-    """Direct preference optimization, equation 7 of Rafailov et al. 2023 (arXiv 2305.18290).
-
-    pi_logps, ref_logps (stories,): log-probabilities by the model that learns and by the first weights. yw_yl (n, 2):
-    indices of winners and losers. Returns (n,) each: losses, reward margins, and accuracies: 1 where the winner has the
-    higher reward, 0.5 where both are equal.
-    """
-    rewards = beta * (pi_logps - ref_logps)
-    margins = rewards[yw_yl[:, 0]] - rewards[yw_yl[:, 1]]
-    return -F.logsigmoid(margins), margins, (margins.sign() + 1) / 2
-
-
 def compare(model, first_model, stories, pairs, n, beta, share):
-    """Sums (3,) of preference_loss() times share over pairs (winner, loser) of stories, n at a time.
+    """Direct preference optimization, equation 7 of Rafailov et al. 2023 (arXiv 2305.18290), n pairs at a time.
 
+    pairs (..., 2): indices of winners and losers in stories. first_model: the reference. Returns sums (3,), times
+    share, of losses, reward margins and accuracies: 1 where the winner has the higher reward, 0.5 where both are equal.
     Unless under torch.no_grad(), the gradients of the loss are added to those of the model.
     """
     device = model.embed.device
@@ -383,8 +365,9 @@ def compare(model, first_model, stories, pairs, n, beta, share):
         some = [stories[j] for j in found]
         with torch.no_grad():
             ref_logps = story_logps(first_model, some, device)
-        parts = preference_loss(story_logps(model, some, device), ref_logps, yw_yl.to(device), beta)
-        parts = torch.stack(parts).sum(1) * share
+        rewards = beta * (story_logps(model, some, device) - ref_logps)
+        margins = rewards[yw_yl[:, 0]] - rewards[yw_yl[:, 1]]
+        parts = torch.stack((-F.logsigmoid(margins), margins, (margins.sign() + 1) / 2)).sum(1) * share
         if torch.is_grad_enabled():
             parts[0].backward()
         sums += parts.detach()
@@ -392,105 +375,78 @@ def compare(model, first_model, stories, pairs, n, beta, share):
 
 
 # --- data ---
-def encode(tokenizer, text, name):
-    """The tokens (n,) of a text from the flag `name`."""
+def encode(tokenizer, text):
+    """The tokens (n,) of a text; an <|endoftext|> in it is text like any other."""
     if tokenizer.name == "bytes":  # tiktoken would take a thousand times as long
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
-    if not tokenizer.special_tokens_set:
-        unknown = "".join(sorted(set(text) - set(tokenizer.decode(range(tokenizer.n_vocab)))))
-        if unknown:
-            fail(f"{name}: the checkpoint does not know the characters {unknown!r}")
-    return np.array(tokenizer.encode_ordinary(text), np.int32)
+    pieces = re.split(r"(\s{1000})", text)  # a million blanks in a row overflow tiktoken's stack
+    return np.array([token for piece in pieces for token in tokenizer.encode_ordinary(piece)], np.int32)
 
 
-def opening(tokenizer):
-    """What every story stands behind: <|endoftext|>, or the empty line that train_char.py has between documents."""
-    if tokenizer.special_tokens_set:
-        return np.array([tokenizer.eot_token], np.int32)
-    return encode(tokenizer, "\n\n" if "\n" in tokenizer.decode(range(tokenizer.n_vocab)) else "", "--data")
-
-
-def read_rows(path):
-    """(line number, object) of each line of a .jsonl, or (number, {"text": ...}) of each story of a .txt."""
+def read_rows(path, key):
+    """The objects on the lines of a .jsonl, which all have the key; {"text": ...} for each story of a .txt."""
     number, rows = 0, []
     try:
         with open(path, encoding="utf-8-sig") as f:
-            content = f.read()
-        if path.endswith(".txt"):  # stories stand between lines <|endoftext|>
-            texts = re.split(r"^<\|endoftext\|>[^\S\n]*(?:\n|\Z)", content, flags=re.M)
-            return [(number, dict(text=text.removesuffix("\n"))) for number, text in enumerate(texts, 1)]
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                rows.append((number, json.loads(line)))
-    except ValueError as error:  # of UTF-8, or of JSON
+            if path.endswith(".txt"):  # stories stand between lines <|endoftext|>
+                texts = re.split(r"^<\|endoftext\|>[^\S\n]*(?:\n|\Z)", f.read(), flags=re.M)
+                return [dict(text=text.removesuffix("\n")) for text in texts]
+            for line in f:
+                number += 1
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if key not in rows[-1]:
+                        raise ValueError(f'no "{key}"')
+    except ValueError as error:  # of UTF-8, or of JSON, too
         fail(f"--data {path}, line {number}: {error}")
     return rows
 
 
-def read_shards(pattern, tokenizer):
-    """All tokens of shards: 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens."""
-    shards = [np.empty(0, np.int32)]
-    for path in sorted(glob.glob(pattern)):
-        header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
-        if size < 1024 or tuple(header[:2]) != (20240520, 1) or size != 1024 + 2 * int(header[2]):
-            fail(f"--data: {path} is not a whole token shard")
-        shards.append(np.fromfile(path, "<u2", offset=1024).astype(np.int32))
-    if max(shard.max(initial=0) for shard in shards) >= tokenizer.n_vocab or not tokenizer.special_tokens_set:
-        fail(f"--data {pattern}: tokens that the checkpoint does not know")
-    return np.concatenate(shards)
-
-
 def read_stories(path, tokenizer):
     """The stories of a .txt, a .jsonl or token shards as arrays of tokens, and whether a model wrote them."""
-    start, rows = opening(tokenizer), []
+    eot, rows, shards = np.int32(tokenizer.eot_token), [], []
     if path.endswith(".bin"):
-        tokens = read_shards(path, tokenizer)
-        stories = [part[part != start] for part in np.split(tokens, np.flatnonzero(tokens == start))]
-    elif path.endswith((".txt", ".jsonl")):
-        rows = read_rows(path)
-        for number, row in rows:
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                fail(f'--data {path}, line {number}: no "text"')
-        stories = [encode(tokenizer, row["text"], f"--data {path}") for _, row in rows if row["text"].strip()]
+        folder, names = os.path.split(path)
+        for name in sorted(glob.glob(os.path.join(glob.escape(folder), names))):  # a folder may be called gpt [v1]
+            # 256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens
+            header, tokens = np.fromfile(name, "<i4", 256), np.fromfile(name, "<u2", offset=1024)
+            if (*header[:3],) != (20240520, 1, len(tokens)) or tokens.max(initial=0) >= tokenizer.n_vocab:
+                fail(f"--data: {name} is not a whole token shard, or not of the checkpoint's tokens")
+            shards.append(tokens.astype(np.int32))
+        tokens = np.concatenate([[eot], *shards])
+        stories = np.split(tokens, np.flatnonzero(tokens == eot))
     else:
-        fail(f"--data {path}: stories are a .txt, a .jsonl or shards (*.bin)")
-    different = {story.tobytes(): story for story in stories if len(story)}  # none both learned from and held out
-    return [np.concatenate((start, story)) for story in different.values()], any("prompt" in row for _, row in rows)
+        rows = read_rows(path, "text")
+        stories = [np.append(eot, encode(tokenizer, row["text"])) for row in rows if row["text"].strip()]
+    different = {story.tobytes(): story for story in stories if len(story) > 1}  # none learned from and held out, too
+    return list(different.values()), any("prompt" in row for row in rows)
 
 
-def read_groups(path, tokenizer, T, against, seed):
+def read_groups(path, tokenizer, T):
     """The groups of rank.py that have a winner: (stories, groups).
 
     stories: (tokens, where the continuation begins), no longer than the context. groups: arrays (n, 2) of the indices
-    of winner and loser. That a story ends is not learned from: it may have been cut.
+    of the winner and each loser. That a story ends is not learned from: it may have been cut.
     """
-    stories, groups, generator, start = [], [], np.random.default_rng(seed % 2**64), opening(tokenizer)
-    for number, row in read_rows(path):
-        try:
-            best, texts = row["best"], {key: (story["prompt"], story["text"]) for key, story in row["stories"].items()}
-            good = (best is None or best in texts) and all(text.startswith(prompt) for prompt, text in texts.values())
-        except (KeyError, TypeError, AttributeError):
-            good = False
-        if not good:
-            fail(f'--data {path}, line {number}: no "best" and "stories" with "prompt" and "text", as in ranked.jsonl')
+    stories, groups = [], []
+    for row in read_rows(path, "best"):
         index = {}
-        for key, (prompt, text) in texts.items():
-            before = np.concatenate((start, encode(tokenizer, prompt, f"--data {path}")))
-            tokens = np.concatenate((before, encode(tokenizer, text[len(prompt) :], f"--data {path}")))[: T + 1]
-            begin = max(1, len(before))
-            if len(tokens) > begin:  # something was written
+        for key, story in row["stories"].items():
+            before = np.append(np.int32(tokenizer.eot_token), encode(tokenizer, story["prompt"]))
+            rest = encode(tokenizer, story["text"].removeprefix(story["prompt"]))
+            tokens = np.append(before, rest)[: T + 1]
+            if len(tokens) > len(before):  # something was written
                 index[key] = len(stories)
-                stories.append((tokens, begin))
-        losers = [index[key] for key in index if key != best]
-        if best in index and losers:
-            losers = losers if against == "all" else [losers[generator.integers(len(losers))]]
-            groups.append(np.array([(index[best], loser) for loser in losers]))
+                stories.append((tokens, len(before)))
+        winner = index.pop(row["best"], None)
+        if index and winner is not None:
+            groups.append(np.array([(winner, loser) for loser in index.values()]))
     return stories, groups
 
 
 def hold_out(parts, share, seed):
     """(parts to learn from, parts to validate on): the latter a share of all, at least one, drawn by the seed."""
-    order = np.random.default_rng(seed % 2**64).permutation(len(parts)).tolist()
+    order = np.random.default_rng(seed).permutation(len(parts)).tolist()
     n = min(max(1, round(share * len(parts))), len(parts) - 1)
     return [parts[i] for i in sorted(order[n:])], [parts[i] for i in sorted(order[:n])]
 
@@ -498,7 +454,7 @@ def hold_out(parts, share, seed):
 def in_epochs(parts, n, seed):
     """n elements (n, ...) of the arrays: each epoch holds all of them once, in an order drawn from (seed, epoch)."""
     epochs = range(-(-n // sum(map(len, parts))))
-    orders = [np.random.default_rng([seed % 2**64, epoch]).permutation(len(parts)) for epoch in epochs]
+    orders = [np.random.default_rng([seed, epoch]).permutation(len(parts)) for epoch in epochs]
     return torch.from_numpy(np.concatenate([parts[i] for order in orders for i in order])[:n])
 
 
@@ -506,23 +462,6 @@ def in_rows(tokens, T):
     """Inputs and targets (rows, T) of a stream of tokens; the last row is filled up with targets of -1."""
     missing = -(len(tokens) - 1) % T
     return F.pad(tokens[:-1], (0, missing)).view(-1, T), F.pad(tokens[1:], (0, missing), value=-1).view(-1, T)
-
-
-def sha256(arrays):
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array)
-    return f"sha256:{digest.hexdigest()}"
-
-
-# --- evaluation ---
-def add_up(values, device):
-    """The sum of each number over all ranks."""
-    if not dist.is_initialized():
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
 
 
 @torch.no_grad()
@@ -534,27 +473,37 @@ def validate(model, x, y, B, device, rank, world_size):
     return add_up([total.item()], device)[0] / (y >= 0).sum().item()
 
 
+# --- log and checkpoint, the same in every script (tests/test_copies.py) ---
+files = []  # on rank 0: log.txt, log.jsonl, stories.jsonl
+signals = []  # received: a request to stop
+where = [""]  # the step and the last checkpoint, for error messages
+
+
+def add_up(values, device):
+    """The sum of each number over all ranks."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
 @torch.no_grad()
 def write_story(model, tokenizer, prompt, max_new_tokens, seed, device, temperature=0.8):
     """A story and the number of its new tokens. Each reads the whole context again; sample.py has a cache."""
     generator, T = torch.Generator().manual_seed(seed), model.config["block_size"]
-    eot = tokenizer.eot_token if tokenizer.special_tokens_set else None
-    tokens = [*opening(tokenizer).tolist(), *encode(tokenizer, prompt, "--prompt").tolist()]
+    tokens = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
     start = len(tokens)
     while len(tokens) < start + max_new_tokens:
         context = tokens[-T:]
-        length = min(T, -(-len(context) // 64) * 64)  # few shapes, as above
+        length = min(T, -(-len(context) // 64) * 64)  # few shapes: cuDNN builds a plan for each
         idx = torch.tensor([context + [0] * (length - len(context))], device=device)
         p = F.softmax(model(idx)[0, len(context) - 1] / temperature, dim=-1).cpu()
         token = torch.multinomial(p, 1, generator=generator).item()
-        if token == eot:
+        if token == tokenizer.eot_token:
             break
         tokens.append(token)
-    return tokenizer.decode(tokens[len(opening(tokenizer)) :]), len(tokens) - start
-
-
-# --- log and checkpoint ---
-files = []  # on rank 0: log.txt, log.jsonl, stories.jsonl
+    return tokenizer.decode(tokens[1:]), len(tokens) - start
 
 
 def log(line=None, file=1, **values):
@@ -578,22 +527,46 @@ def save(path, model, tokenizer, args, **train):
     os.replace(path + ".tmp", path)
 
 
-def load_for_resume(path, decisive):
-    """The checkpoint to go on from; exits when it is damaged, or not of a run with the same `decisive` flags."""
+def load_for_resume(path, args):
+    """The checkpoint to go on from; exits when it is damaged, or DECISIVE flags differ from `args`."""
     try:
-        assert zipfile.ZipFile(path).testzip() is None
+        assert zipfile.ZipFile(path).testzip() is None  # torch.load() does not verify the checksums
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        assert saved["train"]["decisive"].keys() == decisive.keys() and "moments" in saved["train"]
+        flags = {name: saved["train"]["flags"][name] for name in DECISIVE}
+        assert "moments" in saved["train"]
     except Exception:  # damaged files raise nearly everything
         fail(f"--resume: {path} is damaged, or of another script or version, and can't be resumed")
-    for name, value in decisive.items():
-        if saved["train"]["decisive"][name] != value:
-            fail(f"--resume: {path} was trained with --{name} {saved['train']['decisive'][name]}, not {value}")
+    for name, value in flags.items():
+        if value != getattr(args, name):
+            fail(f"--resume: {path} was trained with {name} {value}, not {getattr(args, name)}")
     return saved
 
 
-signals = []  # received: a request to stop
-where = [""]  # the step and the last checkpoint, for error messages
+def open_out_dir(args):
+    """On rank 0: open the logs in --out_dir and lock it. The checkpoint to resume, or None: the run is a new one."""
+    os.makedirs(args.out_dir, exist_ok=True)
+    for name in ("log.txt", "log.jsonl", "stories.jsonl"):
+        files.append(open(os.path.join(args.out_dir, name), "a", encoding="utf-8"))
+    try:
+        import fcntl
+
+        fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, even if it is killed
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        fail(f"--out_dir {args.out_dir}: another run is at work there")
+    earlier = [name for name in os.listdir(args.out_dir) if re.match(r"(ckpt|best|milestone).*\.pt$", name)]
+    if earlier and not args.resume and not args.overwrite:
+        fail(f"--out_dir {args.out_dir}: holds an earlier run; --resume goes on with it, --overwrite replaces it")
+    if args.resume and any(name.startswith("ckpt") for name in earlier):
+        return load_for_resume(os.path.join(args.out_dir, "ckpt.pt"), args)
+    for name in earlier if args.overwrite else []:
+        os.remove(os.path.join(args.out_dir, name))
+    for file in files:
+        file.truncate(0)
+    with open(sys.argv[0], encoding="utf-8") as f:  # log.txt begins with this script
+        print(f.read() + "=" * 100, " ".join(sys.argv), sep="\n", file=files[0])
+    return None
 
 
 def ask_to_stop(number, frame):
@@ -606,10 +579,10 @@ def main():
     args = get_flags()
     init, base, model, tokenizer = open_checkpoint(args.init)
     args = get_flags(base["train"]["flags"])
-    sft, path = args.method == "sft", os.path.join(args.out_dir, "ckpt.pt")
+    sft, T, B = args.method == "sft", model.config["block_size"], args.batch_size
     args.down_lr = args.matrix_lr if args.down_lr is None else args.down_lr
     args.lr_scale = (0.1 if sft else 0.2) if args.lr_scale is None else args.lr_scale
-    T, B = model.config["block_size"], args.batch_size
+    path = os.path.join(args.out_dir, "ckpt.pt")
     if os.path.dirname(os.path.realpath(init)) == os.path.realpath(args.out_dir):
         fail(f"--out_dir {args.out_dir}: {init} lies there, and is never written to; give another folder")
     device, dtype = get_device(args.device, args.dtype)
@@ -617,16 +590,11 @@ def main():
 
     rank = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    ddp, agent = world_size > 1, os.getppid()
+    ddp = world_size > 1
     if ddp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        everyone = [None] * world_size
-        dist.all_gather_object(everyone, vars(args))
-        for name, value in vars(args).items():
-            if any(other[name] != value for other in everyone):
-                fail(f"--{name} is not the same for all processes: {', '.join(str(other[name]) for other in everyone)}")
 
-    # what to learn from: `total` tokens a step, in rows of T, or pairs of stories
+    # what to learn from: stories of tokens, or groups of pairs
     if sft:
         noun, what, stories = "tokens", "different stories", []
         parts, by_a_model = read_stories(args.data, tokenizer)
@@ -634,37 +602,34 @@ def main():
             args.max_tokens = 50_000
     else:
         noun, what = "pairs", "groups with a winner"
-        stories, parts = read_groups(args.data, tokenizer, T, args.against, args.seed)
+        stories, parts = read_groups(args.data, tokenizer, T)
     if len(parts) < 2:
         fail(f"--data {args.data}: fewer than two {what}, one to learn from and one to validate on")
     learned, held = hold_out(parts, args.val_share, args.seed)
     size, held_size = sum(map(len, learned)), sum(map(len, held))
-    if args.epochs is None and (args.max_tokens is None or not sft):
-        args.epochs = 3.0 if sft else 2.0
-    amount = args.max_tokens if args.epochs is None else args.epochs * size
-    if sft and args.total_batch_size is None:  # a power of two rows
-        rows = min(amount / 100, base["train"]["flags"].get("total_batch_size", 2**19)) / T
-        args.total_batch_size = T * 2 ** int(math.log2(max(1, rows)))
-    total = args.total_batch_size if sft else args.pairs
-    if sft and (total < T or total % T):
-        fail(f"--total_batch_size {total}: not a multiple of {T}, the checkpoint's context length")
-    steps = math.ceil(amount / total)
-    if steps < 1 or args.lr_scale <= 0:
-        fail("--epochs, --max_tokens or --lr_scale is 0: nothing would be learned")
+    args.epochs = (3.0 if sft else 2.0) if args.epochs is None else args.epochs
     if sft:
+        amount = args.epochs * size if args.max_tokens is None else args.max_tokens
+        if args.total_batch_size is None:  # a power of two rows
+            rows = min(amount / 100, base["train"]["flags"].get("total_batch_size") or 2**19) / T
+            args.total_batch_size = T * 2 ** int(math.log2(max(1, rows)))
+        total, steps = args.total_batch_size, math.ceil(amount / args.total_batch_size)
+        if total % T:
+            fail(f"--total_batch_size {total}: not a multiple of {T}, the checkpoint's context length")
         x, y = in_rows(in_epochs(learned, steps * total + 1, args.seed), T)
         val_x, val_y = in_rows(in_epochs(held, held_size, args.seed), T)
     else:
+        total, steps = args.pairs, math.ceil(args.epochs * size / args.pairs)
         pairs, val_pairs = in_epochs(learned, steps * total, args.seed), in_epochs(held, held_size, args.seed)
-    val_loss_every = -(-steps // 10) if args.val_loss_every is None else args.val_loss_every
-    sample_every = -(-steps // 3) if args.sample_every is None else args.sample_every
-    encode(tokenizer, args.prompt, "--prompt")  # to find unknown characters now
+    digest = hashlib.sha256()
+    for weight in base["model"].values():
+        digest.update(weight.contiguous().view(torch.uint8).numpy())
+    parent = dict(path=init, step=base["train"]["step"], sha256=digest.hexdigest())
+    data = np.concatenate([*map(np.ravel, parts), *(tokens for tokens, _ in stories)])
+    args.init_sha256, args.data_sha256 = parent["sha256"], hashlib.sha256(data).hexdigest()
 
-    weights = sha256(weight.contiguous().view(torch.uint8).numpy() for weight in base["model"].values())
-    parent = dict(path=init, step=base["train"]["step"], sha256=weights[7:])
-    decisive = {name: getattr(args, name) for name in DECISIVE} | dict(init=weights)
-    decisive["data"] = sha256([*parts, *(tokens for tokens, _ in stories)])
-    model, model.dtype = model.to(device), dtype
+    model = model.to(device)
+    model.dtype = dtype
     first_model = None if sft else copy.deepcopy(model)  # the reference of DPO
     train_model = torch.compile(model, dynamic=False) if compiled else model  # stories use the uncompiled model
 
@@ -677,30 +642,8 @@ def main():
     moments = {p: torch.zeros_like(p) for p in model.parameters()}  # running means of the gradients,
     squares = {p: torch.zeros_like(p) for p, _ in adamw}  # and of their squares
 
-    step, train_time, saved = 0, 0.0, None
-    if rank == 0:
-        os.makedirs(args.out_dir, exist_ok=True)
-        for name in ("log.txt", "log.jsonl", "stories.jsonl"):
-            files.append(open(os.path.join(args.out_dir, name), "a", encoding="utf-8"))
-        try:
-            import fcntl
-
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, even if it is killed
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            fail(f"--out_dir {args.out_dir}: another run is at work there")
-        earlier = [name for name in os.listdir(args.out_dir) if re.match(r"(ckpt|best).*\.pt$", name)]
-        if earlier and not args.resume and not args.overwrite:
-            fail(f"--out_dir {args.out_dir}: holds an earlier run; --resume goes on with it, --overwrite replaces it")
-        if args.resume and any(name.startswith("ckpt") for name in earlier):
-            saved = load_for_resume(path, decisive)
-        elif args.overwrite:
-            for name in earlier:
-                os.remove(os.path.join(args.out_dir, name))
-        if not saved:
-            for file in files:
-                file.truncate(0)
+    saved = open_out_dir(args) if rank == 0 else None
+    step, train_time = 0, 0.0
     if saved:
         model.load_state_dict(saved["model"])
         moments = {p: m.to(device) for p, m in zip(moments, saved["train"]["moments"])}
@@ -713,16 +656,11 @@ def main():
     step = first_step = int(step)
     first_time, next_progress, stopping = train_time, 0.0, 0
     kept = f"{path} holds step {step}" if saved else "nothing is saved yet"
-    names = ["loss"] if sft else ["loss", "margin", "accuracy"]
 
     parameters = sum(p.numel() for p in model.parameters())
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.platform()
-    if rank == 0:  # log.txt begins with this script
-        with open(sys.argv[0], encoding="utf-8") as f:
-            print(f.read() + "=" * 100, " ".join(sys.argv), sep="\n", file=files[0])
     log(f"Python {platform.python_version()}, PyTorch {torch.__version__}, {machine}")
-    a_step = f"a step: {total:,} {noun}" + (f" in rows of {T}" if sft else "")
-    log(f"{parameters:,} parameters on {world_size} x {device.type} in {str(dtype)[6:]}; {a_step}")
+    log(f"{parameters:,} parameters on {world_size} x {device.type}, {dtype}; a step: {total:,} {noun} in rows of {T}")
     log(f"{len(learned):,} {what} to learn from ({size:,} {noun}), {len(held):,} held out ({held_size:,})")
     rates = ", ".join(f"{name} {getattr(args, name):g}" for name in ("matrix_lr", "down_lr", "embed_lr", "head_lr"))
     log(f"{steps} steps, {steps * total / size:.2f} epochs; {args.lr_scale:g} x {rates}")
@@ -740,27 +678,26 @@ def main():
         last, where[0] = step == steps, f" (after step {step}; {kept})"
 
         # validate, then save, before anything else can fail
-        if not stopping and (last or (val_loss_every and step % val_loss_every == 0)):
+        if not stopping and (last or (args.val_loss_every and step % args.val_loss_every == 0)):
             if sft:
-                values = [validate(train_model, val_x, val_y, B, device, rank, world_size)]
+                row = dict(val_loss=validate(train_model, val_x, val_y, B, device, rank, world_size))
             else:
                 mine, share = val_pairs[rank::world_size], 1 / held_size
                 with torch.no_grad():
                     sums = compare(model, first_model, stories, mine, n, args.beta, share)
-                values = add_up(sums.tolist(), device)
-            row = {f"val_{name}": value for name, value in zip(names, values)}
+                row = dict(zip(("val_loss", "val_margin", "val_accuracy"), add_up(sums.tolist(), device)))
             timing = f"train_time:{1000 * train_time:.0f}ms step_avg:{1000 * train_time / max(1, step):.2f}ms"
             shown = " ".join(f"{name}:{value:.4f}" for name, value in row.items())
             log(f"step:{step}/{steps} {shown} {timing}", step=step, **row, train_time_ms=round(1000 * train_time))
         if step > first_step and (last or stopping or (args.save_every and step % args.save_every == 0)):
             if rank == 0:
-                state = dict(moments=[*moments.values()], squares=[*squares.values()], decisive=decisive)
+                state = dict(moments=[*moments.values()], squares=[*squares.values()])
                 save(path, model, base["tokenizer"], args, step=step, parent=parent, train_time=train_time, **state)
             kept = f"{path} holds step {step}"
         where[0] = f" (after step {step}; {kept})"
         if stopping:
             break
-        if rank == 0 and sample_every and (last or step % sample_every == 0):
+        if rank == 0 and args.sample_every and (last or step % args.sample_every == 0):
             story, length = write_story(model, tokenizer, args.prompt, args.max_new_tokens, args.seed, device)
             row = dict(id=step, step=step, prompt=args.prompt, text=story, tokens=length, seed=args.seed)
             log(f"\n{story}\n", file=2, checkpoint=f"{args.out_dir}, step {step}", **row)
@@ -786,31 +723,25 @@ def main():
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # there may be fewer rows than ranks
                 dist.all_reduce(p.grad)
-        warmup, warmdown = max(1, args.warmup_frac * steps), max(1, args.warmdown_frac * steps)
-        lr = args.lr_scale * min(1.0, (step + 1) / warmup, (steps - step) / warmdown)
+        lr = args.lr_scale * min((step + 1) / max(1, 0.05 * steps), (steps - step) / steps)  # a twentieth up, then down
         for params, matrix_lr in muon:
-            momenta = [moments[p] for p in params]
-            muon_step(params, momenta, lr * matrix_lr, args.momentum, args.weight_decay, dtype)
+            muon_step(params, [moments[p] for p in params], lr * matrix_lr, args.momentum, args.weight_decay, dtype)
         for p, adamw_lr in adamw:
             adamw_step(p, moments[p], squares[p], step + 1, lr * adamw_lr)
         model.zero_grad()
-        orphaned = ddp and os.getppid() != agent  # torchrun was killed, and nothing else would stop us
-        *means, stopping = add_up([*sums.tolist(), len(signals) + orphaned], device)  # tolist() waits for the GPU
+        *means, stopping = add_up([*sums.tolist(), len(signals)], device)  # tolist() waits for the GPU
         seconds = time.perf_counter() - start
         step, train_time, loss = step + 1, train_time + seconds, means[0]
 
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {step}: lower the learning rates; {kept}", 1)
-        mean = (train_time - first_time) / (step - first_step)
-        row = {f"train_{name}": value for name, value in zip(names, means)}
-        row |= {"lr": lr * args.matrix_lr, f"{noun}_per_s": round(total / seconds, 1)}
-        log(step=step, **row, train_time_ms=round(1000 * train_time))
-        live = sys.stderr.isatty()
+        row = dict(zip(("train_loss", "train_margin", "train_accuracy"), means)) | {"lr": lr * args.matrix_lr}
+        log(step=step, **row, **{f"{noun}_per_s": round(total / seconds, 1)}, train_time_ms=round(1000 * train_time))
+        mean, live = (train_time - first_time) / (step - first_step), sys.stderr.isatty()
         if rank == 0 and (live or time.perf_counter() > next_progress):
             next_progress = time.perf_counter() + 10  # few lines in a file
-            gpu = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB  " if device.type == "cuda" else ""
             eta = f"{mean * (steps - step) / 60:.1f} minutes left"
-            text = f"step {step}/{steps}  loss {loss:.4f}  {total / mean:,.0f} {noun}/s  {gpu}{eta}"
+            text = f"step {step}/{steps}  loss {loss:.4f}  {total / mean:,.0f} {noun}/s  {eta}"
             print(f"\r{text}\033[K" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
 
     if ddp:

@@ -75,12 +75,12 @@ def run(main, where=("",)):
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save() hides a full disk
         no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        line = str(cause).split("\n")[0] + ("; a smaller --batch_size takes less" if no_memory else "")
-        print(f"{os.path.basename(sys.argv[0])}: {line}{where[0]}", file=sys.stderr)
-        if not isinstance(cause, OSError) and not no_memory:
+        advice = "; try a smaller --batch_size" * no_memory + "; try --no-compile" * ("compiler" in str(error))
+        script, line = os.path.basename(sys.argv[0]), str(cause).split("\n")[0]
+        print(f"{script}: {line}{advice}{where[0]}", file=sys.stderr)
+        if not isinstance(cause, OSError) and not advice:
             raise
-        mistake = isinstance(cause, (FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError))
-        raise SystemExit(2 if mistake else 1) from None
+        raise SystemExit(2 if getattr(cause, "filename", None) else 1) from None  # a file that the user has named
 
 
 def get_device(device, dtype):
@@ -144,7 +144,7 @@ def get_tokenizer(name):
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except OSError:  # requests' errors are OSErrors, too
+        except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
     ranks = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})

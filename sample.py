@@ -105,7 +105,7 @@ def get_tokenizer(spec):
     if spec == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except OSError:  # requests' errors are OSErrors, too
+        except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
     if spec == "bytes":
         ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}

@@ -89,12 +89,12 @@ def run(main, where=("",)):
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save() hides a full disk
         no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        line = str(cause).split("\n")[0] + ("; a smaller --batch_size takes less" if no_memory else "")
-        print(f"{os.path.basename(sys.argv[0])}: {line}{where[0]}", file=sys.stderr)
-        if not isinstance(cause, OSError) and not no_memory:
+        advice = "; try a smaller --batch_size" * no_memory + "; try --no-compile" * ("compiler" in str(error))
+        script, line = os.path.basename(sys.argv[0]), str(cause).split("\n")[0]
+        print(f"{script}: {line}{advice}{where[0]}", file=sys.stderr)
+        if not isinstance(cause, OSError) and not advice:
             raise
-        mistake = isinstance(cause, (FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError))
-        raise SystemExit(2 if mistake else 1) from None
+        raise SystemExit(2 if getattr(cause, "filename", None) else 1) from None  # a file that the user has named
 
 
 def get_device(device, dtype):
@@ -341,8 +341,8 @@ def main():
         file.truncate(0)
     print(open(sys.argv[0], encoding="utf-8").read() + "=" * 100, " ".join(sys.argv), sep="\n", file=files[0])
     log(f"{describe(text, tokens, chars)}PyTorch {torch.__version__} on {device.type}\n")
-    parameters = sum(p.numel() for p in model.parameters())
-    log(f"{model.kind}: {parameters:,} parameters, {steps} steps of {B} x {T} characters")
+    size = sum(p.numel() for p in model.parameters())
+    log(f"{model.kind}: {size:,} parameters, {steps} steps of {B} x {T} characters")
 
     moments = [torch.zeros_like(p) for p in model.parameters()]  # running means of the gradients,
     squares = [torch.zeros_like(p) for p in model.parameters()]  # and of their squares

@@ -117,12 +117,12 @@ def run(main, where=("",)):
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save() hides a full disk
         no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        line = str(cause).split("\n")[0] + ("; a smaller --batch_size takes less" if no_memory else "")
-        print(f"{os.path.basename(sys.argv[0])}: {line}{where[0]}", file=sys.stderr)
-        if not isinstance(cause, OSError) and not no_memory:
+        advice = "; try a smaller --batch_size" * no_memory + "; try --no-compile" * ("compiler" in str(error))
+        script, line = os.path.basename(sys.argv[0]), str(cause).split("\n")[0]
+        print(f"{script}: {line}{advice}{where[0]}", file=sys.stderr)
+        if not isinstance(cause, OSError) and not advice:
             raise
-        mistake = isinstance(cause, (FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError))
-        raise SystemExit(2 if mistake else 1) from None
+        raise SystemExit(2 if getattr(cause, "filename", None) else 1) from None  # a file that the user has named
 
 
 def get_device(device, dtype):
@@ -147,7 +147,7 @@ def get_tokenizer(name):
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except OSError:  # requests' errors are OSErrors, too
+        except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
     ranks = {bytes([i]): i for i in range(256)}
     return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
@@ -305,8 +305,8 @@ class Shards:
     """
 
     def __init__(self, pattern, flag, vocab_size):
-        self.shards = []
-        for path in sorted(glob.glob(pattern)):
+        self.shards, (folder, names) = [], os.path.split(pattern)
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), names))):  # a folder may be called gpt [v1]
             header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
             if size <= 1024 or tuple(header[:2]) != (20240520, 1) or size != 1024 + 2 * int(header[2]):
                 fail(f"{flag}: {path} is not a whole token shard")
@@ -333,15 +333,6 @@ class Shards:
 
 
 # --- evaluation ---
-def add_up(values, device):
-    """The sum of each number over all ranks."""
-    if not dist.is_initialized():
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
-
-
 @torch.no_grad()
 def validate(model, shards, val_tokens, B, T, device, rank, world_size):
     """Mean loss in nats over the first val_tokens targets of the shards; batches are dealt out to the ranks."""
@@ -371,6 +362,21 @@ def hellaswag(model, tokenizer, questions, device, rank, world_size):
     return add_up([right], device)[0] / len(questions)
 
 
+# --- log and checkpoint, the same in every script (tests/test_copies.py) ---
+files = []  # on rank 0: log.txt, log.jsonl, stories.jsonl
+signals = []  # received: a request to stop
+where = [""]  # the step and the last checkpoint, for error messages
+
+
+def add_up(values, device):
+    """The sum of each number over all ranks."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
 @torch.no_grad()
 def write_story(model, tokenizer, prompt, max_new_tokens, seed, device, temperature=0.8):
     """A story and the number of its new tokens. Each reads the whole context again; sample.py has a cache."""
@@ -379,7 +385,7 @@ def write_story(model, tokenizer, prompt, max_new_tokens, seed, device, temperat
     start = len(tokens)
     while len(tokens) < start + max_new_tokens:
         context = tokens[-T:]
-        length = min(T, -(-len(context) // 64) * 64)  # few shapes, as above
+        length = min(T, -(-len(context) // 64) * 64)  # few shapes: cuDNN builds a plan for each
         idx = torch.tensor([context + [0] * (length - len(context))], device=device)
         p = F.softmax(model(idx)[0, len(context) - 1] / temperature, dim=-1).cpu()
         token = torch.multinomial(p, 1, generator=generator).item()
@@ -387,10 +393,6 @@ def write_story(model, tokenizer, prompt, max_new_tokens, seed, device, temperat
             break
         tokens.append(token)
     return tokenizer.decode(tokens[1:]), len(tokens) - start
-
-
-# --- log and checkpoint ---
-files = []  # on rank 0: log.txt, log.jsonl, stories.jsonl
 
 
 def log(line=None, file=1, **values):
@@ -402,11 +404,11 @@ def log(line=None, file=1, **values):
         print(json.dumps(values), file=files[file], flush=True)
 
 
-def save(path, model, args, **train):
+def save(path, model, tokenizer, args, **train):
     """Write a checkpoint to a temporary file and rename it, so that the one before it survives whatever happens."""
     if not all(p.isfinite().all() for p in model.parameters()):
         fail(f"{path} is not written, since the weights are no longer finite: lower the learning rates", 1)
-    checkpoint = dict(format=1, config=model.config, tokenizer=args.tokenizer, model=model.state_dict())
+    checkpoint = dict(format=1, config=model.config, tokenizer=tokenizer, model=model.state_dict())
     with open(path + ".tmp", "wb") as f:
         torch.save(dict(checkpoint, train=dict(train, flags=vars(args))), f)
         f.flush()
@@ -415,22 +417,45 @@ def save(path, model, args, **train):
 
 
 def load_for_resume(path, args):
-    """The checkpoint to go on from; exits when it is damaged, or not of a run with these flags."""
+    """The checkpoint to go on from; exits when it is damaged, or DECISIVE flags differ from `args`."""
     try:
         assert zipfile.ZipFile(path).testzip() is None  # torch.load() does not verify the checksums
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        flags = saved["train"]["flags"]
+        flags = {name: saved["train"]["flags"][name] for name in DECISIVE}
         assert "moments" in saved["train"]
     except Exception:  # damaged files raise nearly everything
-        fail(f"--resume: {path} is damaged, or of an earlier version of this script, and can't be resumed")
-    for name in DECISIVE:
-        if flags[name] != getattr(args, name):
-            fail(f"--resume: {path} was trained with --{name} {flags[name]}, not {getattr(args, name)}")
+        fail(f"--resume: {path} is damaged, or of another script or version, and can't be resumed")
+    for name, value in flags.items():
+        if value != getattr(args, name):
+            fail(f"--resume: {path} was trained with {name} {value}, not {getattr(args, name)}")
     return saved
 
 
-signals = []  # received: a request to stop
-where = [""]  # the step and the last checkpoint, for error messages
+def open_out_dir(args):
+    """On rank 0: open the logs in --out_dir and lock it. The checkpoint to resume, or None: the run is a new one."""
+    os.makedirs(args.out_dir, exist_ok=True)
+    for name in ("log.txt", "log.jsonl", "stories.jsonl"):
+        files.append(open(os.path.join(args.out_dir, name), "a", encoding="utf-8"))
+    try:
+        import fcntl
+
+        fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, even if it is killed
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        fail(f"--out_dir {args.out_dir}: another run is at work there")
+    earlier = [name for name in os.listdir(args.out_dir) if re.match(r"(ckpt|best|milestone).*\.pt$", name)]
+    if earlier and not args.resume and not args.overwrite:
+        fail(f"--out_dir {args.out_dir}: holds an earlier run; --resume goes on with it, --overwrite replaces it")
+    if args.resume and any(name.startswith("ckpt") for name in earlier):
+        return load_for_resume(os.path.join(args.out_dir, "ckpt.pt"), args)
+    for name in earlier if args.overwrite else []:
+        os.remove(os.path.join(args.out_dir, name))
+    for file in files:
+        file.truncate(0)
+    with open(sys.argv[0], encoding="utf-8") as f:  # log.txt begins with this script
+        print(f.read() + "=" * 100, " ".join(sys.argv), sep="\n", file=files[0])
+    return None
 
 
 def ask_to_stop(number, frame):
@@ -488,30 +513,8 @@ def main():
     moments = {p: torch.zeros_like(p) for p in model.parameters()}  # running means of the gradients,
     squares = {p: torch.zeros_like(p) for p, _ in adamw}  # and of their squares
 
-    step, train_time, saved = 0, 0.0, None
-    if rank == 0:
-        os.makedirs(args.out_dir, exist_ok=True)
-        for name in ("log.txt", "log.jsonl", "stories.jsonl"):
-            files.append(open(os.path.join(args.out_dir, name), "a", encoding="utf-8"))
-        try:
-            import fcntl
-
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, even if it is killed
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            fail(f"--out_dir {args.out_dir}: another run is at work there")
-        earlier = [name for name in os.listdir(args.out_dir) if re.match(r"(ckpt|milestone).*\.pt$", name)]
-        if earlier and not args.resume and not args.overwrite:
-            fail(f"--out_dir {args.out_dir}: holds an earlier run; --resume goes on with it, --overwrite replaces it")
-        if args.resume and any(name.startswith("ckpt") for name in earlier):
-            saved = load_for_resume(path, args)
-        elif args.overwrite:
-            for name in earlier:
-                os.remove(os.path.join(args.out_dir, name))
-        if not saved:
-            for file in files:
-                file.truncate(0)
+    saved = open_out_dir(args) if rank == 0 else None
+    step, train_time = 0, 0.0
     if saved:
         model.load_state_dict(saved["model"])
         moments = {p: m.to(device) for p, m in zip(moments, saved["train"]["moments"])}
@@ -530,9 +533,6 @@ def main():
     flops += 12 * args.n_layer * args.n_embd * T  # attention, counted in full, as is usual
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.platform()
     peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine and dtype == torch.bfloat16), None)
-    if rank == 0:  # log.txt begins with this script
-        with open(sys.argv[0], encoding="utf-8") as f:
-            print(f.read() + "=" * 100, " ".join(sys.argv), sep="\n", file=files[0])
     log(f"Python {platform.python_version()}, PyTorch {torch.__version__}, {machine}")
     a_step = f"a step: {args.total_batch_size:,} tokens in {rows // B} x {B} rows of {T} on each"
     log(f"{parameters:,} parameters on {world_size} x {device.type} in {str(dtype)[6:]}; {a_step}")
@@ -557,13 +557,13 @@ def main():
         if step > first_step and (last or stopping or (args.save_every and step % args.save_every == 0)):
             if rank == 0:
                 state = dict(moments=[*moments.values()], squares=[*squares.values()])
-                save(path, model, args, step=step, train_time=train_time, **state)
+                save(path, model, args.tokenizer, args, step=step, train_time=train_time, **state)
             kept = f"{path} holds step {step}"
         where[0] = f" (after step {step}; {kept})"
         if stopping:
             break
         if rank == 0 and args.milestone_every and step and (last or step % args.milestone_every == 0):
-            save(os.path.join(args.out_dir, f"milestone_{step:06d}.pt"), model, args, step=step)
+            save(os.path.join(args.out_dir, f"milestone_{step:06d}.pt"), model, args.tokenizer, args, step=step)
         if args.hellaswag_every and (last or (step and step % args.hellaswag_every == 0)):
             acc_norm = hellaswag(model, tokenizer, questions, device, rank, world_size)
             row = dict(step=step, hellaswag_norm=acc_norm, questions=len(questions))
@@ -588,8 +588,7 @@ def main():
                 dist.all_reduce(p.grad)
         lr = min(1.0, (step + 1) / max(1, args.warmup_iters), (steps - step) / max(1, args.warmdown_frac * steps))
         for params, matrix_lr in muon:
-            momenta = [moments[p] for p in params]
-            muon_step(params, momenta, lr * matrix_lr, args.momentum, args.weight_decay, dtype)
+            muon_step(params, [moments[p] for p in params], lr * matrix_lr, args.momentum, args.weight_decay, dtype)
         for p, adamw_lr in adamw:
             adamw_step(p, moments[p], squares[p], step + 1, lr * adamw_lr)
         model.zero_grad()

@@ -58,7 +58,7 @@ def ours():
             for number, (prompt, rests) in enumerate(GROUPS):
                 told = {key: dict(id=0, prompt=prompt, text=prompt + rest) for key, rest in zip("BACD", rests)}
                 f.write(json.dumps({"group": number, "stories": told, "best": "B"}) + "\n")
-        stories, groups = script.read_groups(path, script.get_tokenizer("bytes"), WINDOW, "all", 0)
+        stories, groups = script.read_groups(path, script.get_tokenizer("bytes"), WINDOW)
     first, model, device = make_model(0.0), make_model(0.3), torch.device("cpu")
     pairs = torch.cat([torch.from_numpy(group) for group in groups])  # (5, 2)
     loss = script.compare(model, first, stories, pairs, 2, BETA, 1 / len(pairs))[0].item()  # in three micro-batches

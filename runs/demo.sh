@@ -58,7 +58,7 @@ stage tales "fine-tuning on the tales" \
 stage stories "forty stories" \
     $python sample.py out/demo/tales --num 40 --max_new_tokens $told --out out/demo/stories.jsonl
 stage ranked "the scariest of every four" \
-    $python rank.py out/demo/stories.jsonl "${judge[@]}" --out out/demo/ranked.jsonl --best out/demo/best.jsonl
+    $python rank.py out/demo/stories.jsonl "${judge[@]}" --out out/demo/ranked.jsonl
 stage best "fine-tuning on the winners" \
     $python finetune.py --init out/demo/tales --data out/demo/best.jsonl --out_dir out/demo/best --max_tokens $best_tokens \
     --max_new_tokens $length --resume

@@ -7,14 +7,12 @@ import torch
 
 import finetune as script
 
-CHARS = "".join(chr(200 + i) for i in range(130))
-
 
 def checkpoint_of(**changes):
     torch.manual_seed(0)
-    config = dict(vocab_size=130, block_size=24, n_layer=3, n_head=2, n_embd=32)
+    config = dict(vocab_size=257, block_size=24, n_layer=3, n_head=2, n_embd=32)
     model = script.GPT(config | dict(tie_weights=False, embed_norm=True, logit_softcap=15.0) | changes)
-    return dict(format=1, config=config | changes, tokenizer={"chars": CHARS}, model=model.state_dict())
+    return dict(format=1, config=config | changes, tokenizer="bytes", model=model.state_dict())
 
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_weights=True), dict(embed_norm=False, logit_softcap=0.0)])
@@ -22,7 +20,7 @@ def test_a_model_is_opened_as_what_it_was(tmp_path, changes):
     good = checkpoint_of(**changes)
     torch.save(good, tmp_path / "ckpt.pt")
     path, _, model, tokenizer = script.open_checkpoint(str(tmp_path / "ckpt.pt"))
-    assert path == str(tmp_path / "ckpt.pt") and tokenizer.decode([0, 129]) == CHARS[0] + CHARS[-1]
+    assert path == str(tmp_path / "ckpt.pt") and tokenizer.n_vocab == 257
     assert model.config == dict(tie_weights=False, embed_norm=True, logit_softcap=15.0) | good["config"]
     torch.testing.assert_close(dict(model.state_dict()), dict(good["model"]), atol=0, rtol=0)
 
@@ -58,26 +56,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
         "layers": dict(config=good["config"] | dict(n_layer=5)),
         "width": dict(config=good["config"] | dict(n_embd=30)),
         "number": dict(config=5),
-        "bigram": dict(config=good["config"] | dict(kind="bigram")),
-        "tokenizer": dict(tokenizer="words"),
-        "tokens": dict(tokenizer={"chars": CHARS[1:]}),
+        "characters": dict(tokenizer={"chars": "abc"}),
+        "tokens": dict(tokenizer="gpt2"),
         "weights": dict(model={}),
         "step": dict(train=7),
-        "flags": dict(train=dict(flags=[1])),
     }.items():
         torch.save(good | changes, tmp_path / f"{name}.pt")
     torch.save({key: value for key, value in good.items() if key != "model"}, tmp_path / "weightless.pt")
     for path in sorted(set(tmp_path.iterdir()) - {tmp_path / "good.pt"}):
         refused(capsys, path)
-    (tmp_path / "folder").mkdir()
-    refused(capsys, tmp_path / "folder")
     with pytest.raises(FileNotFoundError):  # run() makes a line of it
         script.open_checkpoint(str(tmp_path / "missing.pt"))
 
 
-def test_the_folder_of_a_run_stands_for_its_best_or_newest_checkpoint(tmp_path):
-    torch.save(checkpoint_of(), tmp_path / "a")
-    for name in ("ckpt_000999.pt", "ckpt_001000.pt", "ckpt_1000001.pt", "ckpt.pt", "best.pt"):
-        os.link(tmp_path / "a", tmp_path / name)
-        (tmp_path / "ckpt.pt.tmp").touch()
-        assert script.open_checkpoint(str(tmp_path))[0] == str(tmp_path / name)
+def test_the_folder_of_a_run_stands_for_its_checkpoint(tmp_path):
+    torch.save(checkpoint_of(), tmp_path / "ckpt.pt")
+    (tmp_path / "milestone_000999.pt").touch()
+    assert script.open_checkpoint(str(tmp_path))[0] == str(tmp_path / "ckpt.pt")

@@ -6,8 +6,9 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# 550 for train_gpt.py were the aim: what it promises takes these (resume and its checks, several processes, signals)
-LINES = {"train_gpt.py": 625, "train_char.py": 400, "sample.py": 400, "hellaswag.py": 350, "bench/gpu.py": 150}
+# train_gpt.py, finetune.py and rank.py aimed at 550, 600 and 450: what they promise takes more
+LINES = {"train_gpt.py": 625, "train_char.py": 400, "finetune.py": 760, "sample.py": 400, "rank.py": 605}
+LINES |= {"hellaswag.py": 350, "bench/gpu.py": 150}
 FLAGS = 40
 
 

@@ -557,12 +557,12 @@ def test_a_mistake_gets_one_line(runs, halfway):
     before = (halfway / "ckpt.pt").read_bytes()
     for out, flags, named in [
         ("halfway", [], "--resume goes on with it, --overwrite replaces it"),
-        ("halfway", ["--resume", "--matrix_lr", "0.3"], "--matrix_lr 0.03, not 0.3"),
-        ("halfway", ["--resume", "--n_embd", "64"], "--n_embd 32, not 64"),
-        ("halfway", ["--resume", "--train_files", "train_0.bin"], "--train_files train_*.bin, not train_0.bin"),
-        ("halfway", ["--resume", "--seed", "7"], "--seed 1337, not 7"),
-        ("old", ["--resume"], "earlier version"),
-        ("other", ["--resume"], "earlier version"),
+        ("halfway", ["--resume", "--matrix_lr", "0.3"], "matrix_lr 0.03, not 0.3"),
+        ("halfway", ["--resume", "--n_embd", "64"], "n_embd 32, not 64"),
+        ("halfway", ["--resume", "--train_files", "train_0.bin"], "train_files train_*.bin, not train_0.bin"),
+        ("halfway", ["--resume", "--seed", "7"], "seed 1337, not 7"),
+        ("old", ["--resume"], "another script or version"),
+        ("other", ["--resume"], "another script or version"),
         ("uneven", ["--total_batch_size", "500"], "--total_batch_size 500"),
         ("heads", ["--n_head", "3"], "--n_head 3"),
         ("file", [], "file"),
