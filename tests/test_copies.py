@@ -1,6 +1,6 @@
 """
-Blocks of code below `# --- NAME, the same in every script (tests/test_copies.py) ---` are the same everywhere. They end
-at the next `# --- `, or with the file; older ones begin `# --- NAME: the same …` and end with `# --- end of NAME ---`.
+Code below `# --- NAME, the same in every script (tests/test_copies.py) ---`, up to the next `# --- `, is the same to
+the letter everywhere; and no script needs another one, or more than the four packages.
 
     python -m pytest tests/test_copies.py              fails when two copies differ
     python tests/test_copies.py --from train_char.py   copies that script's blocks over the others
@@ -12,84 +12,58 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SAME = r" the same in every script \(tests/test_copies\.py\) ---\n.*?"
-BLOCK = re.compile(
-    rf"^# --- (?P<name>[\w ]+)(?:,{SAME}(?=\n*(?:^# --- |\Z))|:{SAME}^# --- end of (?P=name) ---\n)", re.M | re.S
-)
-MARKER = re.compile(r"^# --- .*the same in every script|^# --- end of ", re.M)
+SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("runs/*.py")])
+MARKER = "the same in every script (tests/test_copies.py)"
+BLOCK = re.compile(rf"^# --- ([\w ]+), {re.escape(MARKER)} ---\n.*?(?=\n*(?:^# --- |\Z))", re.M | re.S)
+MORE = {"transformers", "tokenizers", "safetensors", "openpyxl", "matplotlib"}  # what a part of some scripts takes
 
 
-def scripts():
-    return sorted(path for folder in (".", "data", "runs") for path in (ROOT / folder).glob("*.py"))
+def blocks(text):
+    return {match[1]: match[0] for match in BLOCK.finditer(text)}
 
 
-def blocks(path):
-    return {match["name"]: match[0] for match in BLOCK.finditer(path.read_text(encoding="utf-8"))}
-
-
-def spread(source, targets):
-    """Copy the blocks of `source` over those of the same name in `targets`; returns the files that changed."""
-    ours, changed = blocks(source), []
-    for path in targets:
-        old = path.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda match: ours.get(match["name"], match[0]), old)
-        if new != old:
-            path.write_text(new, encoding="utf-8")
-            changed.append(path)
-    return changed
+def spread(source, target):
+    """The text `target`, its blocks that `source` has, too, as they are there."""
+    ours = blocks(source)
+    return BLOCK.sub(lambda match: ours.get(match[1], match[0]), target)
 
 
 def test_copies_are_the_same():
-    first = {}
-    for path in scripts():
-        for name, text in blocks(path).items():
-            origin, original = first.setdefault(name, (path, text))
-            assert text == original, f"block '{name}' differs in {path.name} and {origin.name}"
-    assert {"command line", "model", "start", "encoding"} <= set(first)
+    seen = {}
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        assert text.count(MARKER) == len(blocks(text)), f"{path.name}: a marker that is misspelt, or twice there"
+        for name, block in blocks(text).items():
+            assert seen.setdefault(name, block) == block, f"block '{name}' of {path.name} differs from another"
+    assert {"start", "encoding", "trained model"} <= set(seen)
 
 
-def test_every_marker_belongs_to_a_block():
-    for path in scripts():
-        found = sum(len(MARKER.findall(block)) for block in blocks(path).values())
-        wanted = len(MARKER.findall(path.read_text(encoding="utf-8")))
-        assert found == wanted, f"{path.name}: a marker that is misspelt, twice there, or without its other half"
+def test_spread_changes_only_blocks_of_that_name():
+    def script(x, y):
+        return f"1\n# --- x, {MARKER} ---\n{x}\n\n\n# --- rest ---\n2\n\n\n# --- y, {MARKER} ---\n{y}\n"
+
+    assert spread(script("new", "z").replace("--- y", "--- w"), script("old", "old")) == script("new", "old")
 
 
-def test_spread_changes_only_blocks_of_that_name(tmp_path):
-    same = "the same in every script (tests/test_copies.py) ---\n"
-    block, old = "# --- {}, " + same + "{}\n\n\n", "# --- {0}: " + same + "{1}\n# --- end of {0} ---\n"
-    a, b = tmp_path / "a.py", tmp_path / "b.py"
-    a.write_text("1\n" + old.format("x", "new") + block.format("z", "new") + "# --- rest ---\n4\n")
-    text = "2\n" + old.format("x", "{0}") + "3\n" + old.format("y", "old") + block.format("w", "old")
-    text += block.format("z", "{0}").rstrip("\n") + "\n"
-    b.write_text(text.format("old"))
-    assert spread(a, [a, b]) == [b]
-    assert b.read_text() == text.format("new")
-
-
-def test_scripts_import_no_other_script():
-    names = {path.stem for path in scripts()}
-    for path in scripts():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            imported += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not names & set(imported), f"{path.name} imports {imported}"
-
-
-def test_inline_metadata_names_the_requirements():
+def test_scripts_take_nothing_but_the_four_packages():
     wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    for path in scripts():
-        metadata = re.search(r"^# /// script\n(.*?)^# ///$", path.read_text(encoding="utf-8"), re.M | re.S)
-        assert metadata, f"{path.name} has no PEP 723 metadata"
-        listed = re.search(r"^# dependencies = (\[.*\])$", metadata[1], re.M)
-        found = ast.literal_eval(listed[1])
-        more = found[len(wanted) :] if path.parent.name == "runs" else []  # a tool there may need another package
-        assert found == wanted + more, path.name
+    for path in SCRIPTS:
+        text = path.read_text(encoding="utf-8")
+        metadata = re.search(r"^# /// script\n.*?^# dependencies = (\[.*?\])\n# ///$", text, re.M | re.S)
+        assert metadata and ast.literal_eval(metadata[1])[:4] == wanted, path.name
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            more = set() if node in tree.body and path.parent.name != "runs" else MORE
+            known = sys.stdlib_module_names | {"torch", "numpy", "tiktoken", "requests"} | more
+            assert {name.split(".")[0] for name in names} <= known, f"{path.name} imports {names}"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "--from" or not (ROOT / sys.argv[2]).is_file():
-        print("usage: python tests/test_copies.py --from SCRIPT", file=sys.stderr)
-        raise SystemExit(2)
-    for path in spread(ROOT / sys.argv[2], scripts()):
-        print(path.relative_to(ROOT))
+    source = (ROOT / sys.argv[sys.argv.index("--from") + 1]).read_text(encoding="utf-8")
+    for path in SCRIPTS:
+        old = path.read_text(encoding="utf-8")
+        if (new := spread(source, old)) != old:
+            path.write_text(new, encoding="utf-8")
+            print(path.relative_to(ROOT))

@@ -1,19 +1,18 @@
 """What keeps the scripts short: how many lines and flags each may have."""
 
-import pathlib
 import re
 
 import pytest
+from conftest import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-# train_gpt.py, finetune.py and rank.py aimed at 550, 600 and 450: what they promise takes more
+# 550, 600 and 450 lines were the aim for train_gpt.py, finetune.py and rank.py: what they promise takes more.
 LINES = {"train_gpt.py": 625, "train_char.py": 400, "finetune.py": 760, "sample.py": 400, "rank.py": 605}
-LINES |= {"hellaswag.py": 350, "bench/gpu.py": 150}
-FLAGS = 40
+LINES |= {"hellaswag.py": 350, "data/*.py": 700, "runs/*.py": 600, "bench/*.py": 1000, "tests/*.py": 3500}
+LINES |= {"README.md": 200, "bench/gpu.py": 150}
 
 
-@pytest.mark.parametrize("name", LINES)
-def test_a_script_is_short(name):
-    source = (ROOT / name).read_text(encoding="utf-8")
-    flags = len(re.findall(r'^ +(?:parser\.)?(?:add|add_argument)\(\s*"', source, re.M))
-    assert source.count("\n") <= LINES[name] and 0 < flags <= FLAGS, (source.count("\n"), flags)
+@pytest.mark.parametrize("pattern", LINES)
+def test_a_file_is_short(pattern):
+    text = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob(pattern))
+    assert 0 < text.count("\n") <= LINES[pattern]
+    assert "*" in pattern or len(re.findall(r'^ +add\(\s*"', text, re.M)) <= 40, "flags"
