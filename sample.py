@@ -292,11 +292,12 @@ def generate(config, weights, prompts, ids, max_new_tokens, sampling, seed, batc
 
 def write(config, weights, tokenizer, prompts, ids, flags, file=None, about=None):
     """Write a story to each prompt: to the file, or to stdout, where a single one appears as it grows. Returns one."""
-    eot = [tokenizer.eot_token] if tokenizer.special_tokens_set else []
+    eot = [tokenizer.eot_token] if tokenizer.special_tokens_set else []  # stories stand behind the end of another
     unknown = set() if eot else set("".join(prompts)) - set(tokenizer.decode(range(tokenizer.n_vocab)))
     if unknown or (not eot and "" in prompts):
         fail(f"--prompt: empty, or with characters that the checkpoint does not know: {''.join(sorted(unknown))!r}")
-    starts = [eot + tokenizer.encode_ordinary(prompt) for prompt in prompts]  # stories stand behind the end of another
+    pieces = [re.split(r"(\s{1000})", prompt) for prompt in prompts]  # tiktoken panics at a million blanks in a row
+    starts = [eot + list(itertools.chain(*map(tokenizer.encode_ordinary, each))) for each in pieces]
     stories, counts, ended, printed, done = list(prompts), [0] * len(prompts), set(), 0, 0
     utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]  # a character may take several tokens
     held_back = max(map(len, flags.stop), default=1) - 1  # characters that may belong to a --stop text

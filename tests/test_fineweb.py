@@ -1,10 +1,9 @@
-"""data/fineweb.py against a server that supports ranges or not, cuts connections, and serves what it should not."""
+"""data/fineweb.py and a real HTTP server that resumes, changes, cuts, lies, trickles, or sends it elsewhere."""
 
-import contextlib
+import functools
 import http.server
 import os
 import pathlib
-import pty
 import re
 import resource
 import signal
@@ -12,16 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import numpy as np
 import pytest
+import requests
 
 import data.fineweb as script
+import data.hellaswag as hellaswag
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = "/mirror/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 VAL, ONE, TWO = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
+HOSTILE = [{"redirect": f"http://{host}/"} for host in ("", "[::1", "a" * 99 + ".example", "127.0.0.1:99999")]
+HOSTILE += [{"redirect": "/"}, {"status": 403}, {"status": 503}, {"promise": 99}, {"promise": -3000}, {"trickle": b"x"}]
+HOSTILE += [{"trickle": b"X-Header: x\r\n"}]
+LIMIT = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))  # fails as a full disk does
 
 
 def shard(seed, tokens=150_000):
@@ -31,289 +35,151 @@ def shard(seed, tokens=150_000):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    """Answers as RFC 9110 says, but for what the test has put into the server's `odd`."""
 
     def do_GET(self):
-        server, name = self.server, self.path.removeprefix(FOLDER)
-        asked = self.headers["Range"]
-        server.asked.append((name, asked))
-        if server.barrier:
-            server.barrier.wait(10)
-        if server.statuses:
-            return self.answer(server.statuses.pop(0), b"sorry")
-        if name not in server.files:
-            return self.answer(404, b"no such file")
-        data, start = server.files[name], 0
-        if asked and server.ranges:
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-            if start >= len(data):
-                return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"} if server.names_the_size else {})
-        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        self.answer(206 if start else 200, data[start:], headers, server.cuts.pop(0) if server.cuts else None)
-
-    def answer(self, status, body, headers={}, cut=None):  # noqa: B006
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+        server, odd = self.server, self.server.odd.get(os.path.basename(self.path), {})
+        server.asked.append((self.path, self.headers["Range"]))
+        body, headers, status = server.files.get(self.path, b""), {}, 200 if self.path in server.files else 404
+        version = f'"{hash(body)}"'
+        if self.headers["Range"] and (self.headers["If-Range"] == version or "ignores If-Range" in odd):
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) + odd.get("shift", 0)
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            body, status = body[start:], 206
+        if "redirect" in odd:
+            status, headers["Location"] = 302, odd["redirect"]
+        if "trickle" not in odd:
+            headers["Content-Length"] = str(len(body) + odd.get("promise", 0))
+        self.send_response(odd.get("status", status))
+        for key, value in {server.version: version, **headers}.items():
             self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body[:cut])
-        if cut is not None:
-            self.server.free.wait(60)  # either cut off now, or left hanging
-            self.close_connection = True
+        if odd.get("trickle") != b"X-Header: x\r\n":
+            self.end_headers()
+        while "trickle" in odd and not server.free.wait(0.1):
+            self.flush_headers()
+            self.wfile.write(odd["trickle"])
+        self.wfile.write(body[: odd.get("cut")])
+        if "cut" in odd:
+            server.free.wait(60)
 
-    def log_message(self, *arguments):
+    def log_message(self, *_):
         pass
-
-
-class Server(http.server.ThreadingHTTPServer):
-    def handle_error(self, request, client_address):
-        pass  # a client that was killed
 
 
 @pytest.fixture
 def server(monkeypatch):
-    server = Server(("127.0.0.1", 0), Handler)
-    server.files = {VAL: shard(0), ONE: shard(1), TWO: shard(2, tokens=1000)}
-    server.ranges, server.names_the_size, server.barrier = True, True, None
-    server.asked, server.statuses, server.cuts, server.free = [], [], [], threading.Event()
-    server.free.set()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_ENDPOINT", server.url + "/mirror/")
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.free.set()
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.handle_error = lambda *_: None  # a client that was killed
+        server.files = {FOLDER + VAL: shard(0), FOLDER + ONE: shard(1), FOLDER + TWO: shard(2, tokens=1000)}
+        server.odd, server.asked, server.version, server.free = {}, [], "ETag", threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        for name, value in (("NO_PROXY", "127.0.0.1"), ("HF_ENDPOINT", f"{server.url}/mirror/")):
+            monkeypatch.setenv(name, value)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.free.set()
+        server.shutdown()
 
 
-@pytest.fixture
-def waits(monkeypatch):
-    """How long the script would have slept."""
-    waits = []
-    monkeypatch.setattr(script, "time", types.SimpleNamespace(sleep=waits.append, perf_counter=time.perf_counter))
-    return waits
+def start(name, *arguments, **settings):
+    command = [sys.executable, ROOT / "data" / name, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
-def run(*arguments, code=0, **settings):
-    command = [sys.executable, str(ROOT / "data" / "fineweb.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, **settings)
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-    return done
+def run(*arguments, code=0, name="fineweb.py", lines=1, **settings):
+    """What is said: with an error code, so many lines on stderr."""
+    process = start(name, *arguments, **settings)
+    out, error = process.communicate(timeout=50)
+    assert process.returncode == code and (code == 0 or error.count("\n") == lines), error
+    return error if code else out
 
 
-def last_line(*arguments, code, **settings):
-    line = run(*arguments, code=code, **settings).stderr.splitlines()[-1]
-    assert line.startswith("fineweb.py: "), line
-    return line
-
-
-def get(server, path, name=ONE, **settings):
-    script.download(server.url + FOLDER + name, str(path), script.check_shard, **settings)
-    assert path.read_bytes() == server.files[name] and not pathlib.Path(f"{path}.part").exists()
-
-
-def refused(server, path, name=ONE, **settings):
-    with pytest.raises(OSError) as error:
-        script.download(server.url + FOLDER + name, str(path), script.check_shard, **settings)
-    assert not path.exists() and "\n" not in str(error.value) and path.name in str(error.value)
-    return str(error.value)
+def get(server, path, retries=1):
+    script.download(server.url + FOLDER + ONE, str(path), retries)
+    assert path.read_bytes() == server.files[FOLDER + ONE] and os.listdir(path.parent) == [path.name]
 
 
 def test_shards_arrive_and_are_then_passed_over(server, tmp_path):
-    done = run(2, "--out_dir", tmp_path / "new" / "folder", "--concurrency", 2)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "new" / "folder").iterdir()} == server.files
-    assert "\r" not in done.stderr and re.search("3 of 3 files  0.6 of 0.6 MB .* MB/s", done.stderr.splitlines()[-1])
-    assert "3 shards" in done.stdout and sorted(name for name, _ in server.asked) == sorted(server.files)
+    out = tmp_path / "new" / "folder"
+    run(2, "--out_dir", out)
+    assert {FOLDER + path.name: path.read_bytes() for path in out.iterdir()} == server.files
+    (out / TWO).write_bytes(shard(2)[:-2])  # not whole: fetched again
     server.asked.clear()
-    (tmp_path / "new" / "folder" / TWO).write_bytes(server.files[TWO][:-2])  # not whole: fetched again
-    run(2, "--out_dir", tmp_path / "new" / "folder")
-    assert server.asked == [(TWO, None)]
-    assert (tmp_path / "new" / "folder" / TWO).read_bytes() == server.files[TWO]
+    assert "3 of 3 shards" in run(2, "--out_dir", out)
+    assert server.asked == [(FOLDER + TWO, None)] and (out / TWO).read_bytes() == server.files[FOLDER + TWO]
 
 
-def test_as_many_at_a_time_as_were_asked_for(server, tmp_path):
-    server.barrier = threading.Barrier(3)  # lets none pass before three have come
-    run(2, "--out_dir", tmp_path, "--concurrency", 3)
-    server.barrier, server.asked[:] = None, []
-    server.free.clear()
-    server.cuts[:] = [1, 1, 1]  # all that begin are left hanging
-    for name in server.files:
-        (tmp_path / name).unlink()
-    command = [sys.executable, ROOT / "data" / "fineweb.py", "2", "--out_dir", tmp_path, "--concurrency", "2"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: len(server.asked) == 2)
-        time.sleep(0.3)
-        process.kill()
-    assert len(server.asked) == 2
+@pytest.mark.parametrize("version", ["ETag", "Last-Modified", "None"])
+def test_after_a_kill_the_same_command_goes_on(server, tmp_path, version):
+    name, code = (signal.SIGINT, 130) if version == "ETag" else (signal.SIGKILL, -9)
+    server.version, server.odd, part = version, {VAL: {"cut": 200_000}}, tmp_path / f"{VAL}.part"
+    process = start("fineweb.py", 0, "--out_dir", tmp_path)
+    while not (part.exists() and part.stat().st_size > 100_000):
+        time.sleep(0.01)
+    assert "another run" in run(0, "--out_dir", tmp_path, code=1)  # and leaves the part of the first alone
+    process.send_signal(name)
+    assert process.wait(5) == code
+    process.communicate()
+    server.odd, have = {}, part.stat().st_size
+    run(0, "--out_dir", tmp_path)
+    assert [asked for _, asked in server.asked] == [None, None if version == "None" else f"bytes={have}-"]
+    assert (tmp_path / VAL).read_bytes() == server.files[FOLDER + VAL] and os.listdir(tmp_path) == [VAL]
 
 
-def test_a_cut_connection_is_resumed(server, tmp_path, waits):
-    server.cuts[:] = [150_000, 0, 80_000]
-    get(server, tmp_path / "x.bin")
-    assert server.asked.pop(0) == (ONE, None)
-    a, b, c = (int(asked[6:-1]) for _, asked in server.asked)
-    assert 80_000 < a <= 150_000 and a == b < c <= b + 80_000
-    assert waits == [1, 2, 1], "bytes that arrive end a row of failures"
+@pytest.mark.parametrize("odd", [{}, {"ignores If-Range": 1}, {"shift": 1000}, {"shift": 1000, "ignores If-Range": 1}])
+def test_nothing_is_added_to_a_part_of_another_file(server, tmp_path, monkeypatch, odd):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    server.odd = {ONE: {"cut": 200_000}}
+    server.free.set()
+    with pytest.raises(requests.RequestException):
+        get(server, tmp_path / "x", retries=0)
+    server.odd = {ONE: odd}
+    if odd != {"shift": 1000}:
+        server.files[FOLDER + ONE] = shard(3)
+    get(server, tmp_path / "x")
+    assert [asked is not None for _, asked in server.asked] == ([False, True, False] if odd else [False, True])
 
 
-def test_a_server_that_ignores_ranges_sends_all_again(server, tmp_path, waits):
-    server.ranges, server.cuts[:] = False, [200_000]
-    get(server, tmp_path / "x.bin")
-    assert len(server.asked) == 2 and server.asked[1][1].startswith("bytes=")
-    server.cuts[:] = [200_000] * 9  # and one that always stops at the same place is given up
-    assert "connection was lost" in refused(server, tmp_path / "y.bin", retries=3)
-    assert len(server.cuts) == 5 and waits[1:] == [1, 2, 4]
-    assert 0 < (tmp_path / "y.bin.part").stat().st_size <= 200_000
-
-
-def test_a_part_that_is_whole_or_too_long(server, tmp_path, waits):
-    path, part = tmp_path / "x.bin", tmp_path / "x.bin.part"
-    part.write_bytes(server.files[ONE])
-    get(server, path)
-    assert server.asked == [(ONE, f"bytes={len(server.files[ONE])}-")]
-    path.unlink()
-    part.write_bytes(server.files[ONE] + b"more")
-    get(server, path)
-    path.unlink()
-    server.names_the_size = False  # then nobody knows whether the part is whole
-    part.write_bytes(server.files[ONE])
-    get(server, path)
-    assert [asked for _, asked in server.asked[1:]] == ["bytes=301028-", None, "bytes=301024-", None] and waits == []
-
-
-def test_a_server_in_trouble_is_asked_again_and_a_missing_file_is_not(server, tmp_path, waits):
-    server.statuses[:] = [500, 429]
-    get(server, tmp_path / "x.bin")
-    assert waits == [1, 2]
-    server.statuses[:] = [503] * 9
-    assert "503" in refused(server, tmp_path / "y.bin", retries=2) and len(server.statuses) == 6
-    server.statuses.clear()
-    server.asked.clear()
-    assert "404" in refused(server, tmp_path / "z.bin", name="other.bin") and len(server.asked) == 1
+def test_a_part_that_is_too_long_or_whole(server, tmp_path):
+    (tmp_path / "x.part").write_bytes(server.files[FOLDER + ONE] + b"more")
+    get(server, tmp_path / "x")
+    (tmp_path / "x").rename(tmp_path / "x.part")
+    get(server, tmp_path / "x")
+    assert len(server.asked) == 1
 
 
 def test_what_is_no_whole_shard_gets_no_final_name(server, tmp_path):
-    good = server.files[ONE]
-    for wrong, message in (
-        (b"<html>Please log in</html>" * 99, "20240520"),
-        (good[:4] + b"\2" + good[5:], "[20240520, 2]"),
-        (good[:-2], "301,022 bytes, but 301,024"),
-        (good + b"\0\0", "301,026 bytes"),
-        (b"", "20240520"),
-        (good[:1000], "20240520"),
-    ):
-        server.files[ONE] = wrong
-        assert message in refused(server, tmp_path / "x.bin")
-        assert list(tmp_path.iterdir()) == [], "a part that is wrong would never become right"
-    line = last_line(1, "--out_dir", tmp_path, code=1)
-    assert ONE in line and "20240520" in line and not (tmp_path / ONE).exists()
+    good = shard(1)
+    for wrong in (b"<html>" * 999, good[:4] + b"\2" + good[5:], good[:-2], good + b"\0\0", good[:1000]):
+        server.files[FOLDER + ONE] = wrong
+        with pytest.raises(ValueError, match="20240520|bytes, but 301,024"):
+            get(server, tmp_path / "x")
+        assert os.listdir(tmp_path) == [], "a part that is wrong would never become right"
 
 
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.01)
+@pytest.mark.parametrize("odd", HOSTILE, ids=str)
+def test_servers_that_never_deliver_end_in_one_line(server, tmp_path, odd):
+    server.odd, began = {VAL: odd, "": odd}, time.monotonic()
+    line = run(0, "--out_dir", tmp_path, "--retries", 0, "--timeout", 2, code=1)
+    assert line.startswith(f"fineweb.py: {VAL}: ") and time.monotonic() - began < 10
+    assert not (tmp_path / VAL).exists() and ("--timeout" in line) == ("trickle" in odd)
 
 
-def on_a_terminal(*arguments):
-    ours, theirs = pty.openpty()
-    command = [sys.executable, ROOT / "data" / "fineweb.py", *arguments]
-    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL)
-    os.close(theirs)
-    return process, ours
-
-
-def everything(terminal):
-    """What was shown until the other end was closed."""
-    shown = b""
-    with contextlib.suppress(OSError):  # which is how Linux says so
-        while piece := os.read(terminal, 1000):
-            shown += piece
-    return shown.decode().replace("\r\n", "\n")
-
-
-@pytest.mark.parametrize("name, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_after_a_kill_or_ctrl_c_the_same_command_goes_on(server, tmp_path, name, code):
-    server.free.clear()
-    server.cuts[:] = [200_000]  # which then hangs
-    part = tmp_path / f"{VAL}.part"
-    process, terminal = on_a_terminal("0", "--out_dir", tmp_path)
-    wait_until(lambda: part.exists() and part.stat().st_size > 100_000)
-    process.send_signal(name)
-    assert process.wait(5) == code and not (tmp_path / VAL).exists()
-    progress, *said = everything(terminal).removesuffix("\n").split("\n")
-    assert progress.startswith("\r0 of 1 files")
-    if name == signal.SIGINT:
-        assert said == ["fineweb.py: interrupted; the same command goes on with what has arrived"]
-    have = part.stat().st_size
-    assert 100_000 < have <= 200_000
+def test_a_full_disk_no_network_and_mistakes(server, tmp_path, monkeypatch):
+    assert "File too large" in run(0, "--out_dir", tmp_path, code=1, preexec_fn=LIMIT) and len(server.asked) == 1
     run(0, "--out_dir", tmp_path)
-    assert server.asked == [(VAL, None), (VAL, f"bytes={have}-")]
-    assert (tmp_path / VAL).read_bytes() == server.files[VAL]
+    assert server.asked[1][1] and (tmp_path / VAL).read_bytes() == server.files[FOLDER + VAL]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert ONE in run(1, "--out_dir", tmp_path, "--retries", 0, code=1)
+    assert "103" in run(104, code=2) and VAL in run("--out_dir", tmp_path / VAL / "x", code=2)
 
 
-def test_no_network(tmp_path, monkeypatch, waits):
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as closed:
-        url = f"http://127.0.0.1:{closed.server_port}"
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    assert "cannot reach 127.0.0.1" in last_line("--out_dir", tmp_path, "--retries", 0, code=1)
-    with pytest.raises(OSError, match="network"):
-        script.download(url, str(tmp_path / "x"))
-    assert waits == [1, 2, 4, 8, 16]
-    monkeypatch.setenv("HF_ENDPOINT", "nonsense")
-    assert "nonsense" in last_line("--out_dir", tmp_path, code=1)
-
-
-def test_a_full_disk_ends_it_and_keeps_what_arrived(server, tmp_path):
-    """A limit on the size of files stands in for the full disk: it fails at the same place."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-
-    assert f"{VAL}: File too large" in last_line(0, "--out_dir", tmp_path, code=1, preexec_fn=limit)
-    assert len(server.asked) == 1 and os.listdir(tmp_path) == [f"{VAL}.part"]
-    run(0, "--out_dir", tmp_path)
-    assert (tmp_path / VAL).read_bytes() == server.files[VAL]
-
-
-def test_mistakes_get_one_line(server, tmp_path):
-    (tmp_path / "file").write_text("")
-    for arguments, message in (
-        ((104,), "from 0 to 103"),
-        ((-1,), "-1"),
-        (("ten",), "'ten'"),
-        ((1, "--concurrency", 0), "--concurrency"),
-        ((1, "--out_dir", tmp_path / "file" / "x"), "--out_dir"),
-        ((1, "--out_dir", tmp_path / "file"), "--out_dir"),
-        ((1, "--out_dir", "/proc"), "--out_dir"),  # where not even root can write
-    ):
-        done = run(*arguments, code=2)
-        assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
-    assert server.asked == []
-    assert "(default: 9)" in run("--help").stdout
-
-
-def test_a_terminal_gets_one_line_that_is_written_over(server, tmp_path):
-    process, terminal = on_a_terminal("2", "--out_dir", tmp_path)
-    shown = everything(terminal)
-    assert process.wait() == 0 and shown.count("\n") == 1 and "\r3 of 3 files" in shown and "ETA" in shown, shown
-
-
-def test_progress_adds_up_the_files(capsys):
-    progress = script.Progress(files=4)
-    progress.start -= 10  # ten seconds ago
-    progress("a", 3_000_000, 5_000_000, fresh=1_000_000)
-    progress.next = 0
-    progress("b", 5_000_000, 5_000_000, whole=True)
-    progress.live, progress.next = True, 0
-    progress("b", 5_000_000, 5_000_000)
-    progress.stop()
-    assert progress.lock.locked(), "nothing more is shown"
-    first, second, third, end = capsys.readouterr().err.split("\n")
-    assert first.split("  ")[:3] == ["0 of 4 files", "3.0 of 20.0 MB", "0.1 MB/s"]
-    assert second.split("  ")[:4] == ["1 of 4 files", "8.0 of 20.0 MB", "0.1 MB/s", "ETA 120 s"]
-    assert third.startswith("\r1 of 4 files") and end == ""
+@pytest.mark.parametrize("odd", [{"shift": 10, "ignores If-Range": 1}, *HOSTILE[:5]], ids=str)
+def test_hellaswag_refuses_other_pieces_and_addresses_that_are_none(server, tmp_path, monkeypatch, odd):
+    server.files["/x"], server.odd = bytes(1000), {"x": odd, "": odd}
+    (tmp_path / "x.part").write_bytes(bytes(500))
+    for name, value in (("URL", f"{server.url}/x"), ("PATH", str(tmp_path / "x")), ("SIZE", 1000)):
+        monkeypatch.setattr(hellaswag, name, value)
+    with pytest.raises(SystemExit, match="^hellaswag.py: .*; the same command goes on where it stopped$"):
+        hellaswag.main()
+    assert os.listdir(tmp_path) == ["x.part"] and (tmp_path / "x.part").read_bytes() == bytes(500)

@@ -1,43 +1,36 @@
 """data/prepare.py: every format there and back, shards to the token, and what wrong input gets."""
 
-import concurrent.futures
-import contextlib
+import collections
 import csv
+import functools
+import itertools
 import json
 import os
 import pathlib
-import random
-import resource
 import signal
-import subprocess
 import sys
-import threading
 import time
-import zipfile
+import types
 
 import numpy as np
 import openpyxl
 import pytest
+import test_fineweb
 import tiktoken
 
 import data.prepare as script
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+CASES = pathlib.Path(__file__).parent / "cases"
 TEXTS = [
     "It was a dark and stormy night.\n\nNobody came.",
     "Ночь была тёмной; 暗い夜だった 🦉\nÜber alles: naïve café",
     '"Who is there?" she asked, and the walls\tsaid "I, am".\n',
     "x" * 200_000,  # more than csv takes by default
-    "one\nline <|endoftext|> of many\n\n\n",
     "The end.",
 ]
 
 
-def run(*arguments, code=0, **settings):
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=100, **settings)
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-    return done
+run = functools.partial(test_fineweb.run, name="prepare.py")
 
 
 def read_shard(path):
@@ -46,22 +39,19 @@ def read_shard(path):
     return tokens.tolist()
 
 
-def read_shards(prefix):
+def read_shards(prefix, tokenizer):
     """All documents of the shards, the last being validation, decoded without the script's help."""
-    train = [read_shard(path) for path in sorted(prefix.parent.glob(f"{prefix.name}_train_??????.bin"))]
-    return sum(train, []) + read_shard(f"{prefix}_val_000000.bin")
-
-
-def decode(tokens, tokenizer):
+    paths = [*sorted(prefix.parent.glob(f"{prefix.name}_train_??????.bin")), f"{prefix}_val_000000.bin"]
+    tokens, bpe = list(itertools.chain(*map(read_shard, paths))), tiktoken.get_encoding("gpt2")
     eot = {"gpt2": 50256, "bytes": 256}[tokenizer]
     assert tokens[0] == eot
-    starts = [i for i, token in enumerate(tokens) if token == eot] + [len(tokens)]
-    pieces = [tokens[i + 1 : j] for i, j in zip(starts, starts[1:])]
-    return [bytes(p).decode() if tokenizer == "bytes" else tiktoken.get_encoding("gpt2").decode(p) for p in pieces]
+    pieces = [list(piece) for is_eot, piece in itertools.groupby(tokens, lambda token: token == eot) if not is_eot]
+    return [bpe.decode(piece) if tokenizer == "gpt2" else bytes(piece).decode() for piece in pieces]
 
 
 def write(path, texts=TEXTS):
     """An input with these texts, in the format that its name says."""
+    book = openpyxl.Workbook()
     if path.suffix == ".txt":
         path.write_text("\n<|endoftext|>\n".join(texts) + "\n", encoding="utf-8")
     elif path.suffix == ".jsonl":
@@ -70,292 +60,155 @@ def write(path, texts=TEXTS):
         with open(path, "w", newline="", encoding="utf-8-sig") as f:  # with a byte order mark, as Excel does
             csv.writer(f).writerows([["title", "body"], *(["a title", text] for text in texts)])
     else:
-        book = openpyxl.Workbook()
         for row in [["title", "body", "rating"], *(["a title", text[:32_000], 4.5] for text in texts)]:
             book.active.append(row)
         book.save(path)
     return path
 
 
+def read(*paths, column=None, skip_bad=False):
+    flags = types.SimpleNamespace(inputs=[str(path) for path in paths], column=column, skip_bad=skip_bad)
+    return list(script.documents(flags, collections.Counter()))
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".xlsx"])
 def test_every_format_comes_back(tmp_path, suffix, tokenizer):
-    path = write(tmp_path / f"input{suffix}")
+    path, out = write(tmp_path / f"input{suffix}"), tmp_path / "new" / "set"
     texts = [text[:32_000] for text in TEXTS] if suffix == ".xlsx" else TEXTS
-    out = tmp_path / "new" / "set"
-    done = run(path, "--tokenizer", tokenizer, "--out", out)
-    tokens = read_shards(out)
-    assert decode(tokens, tokenizer) == texts
-    assert decode(read_shard(f"{out}_val_000000.bin"), tokenizer) == texts[-1:]
-    size = sum(len(text.encode()) for text in texts)
-    assert (
-        f"documents: 6 (5 train, 1 val), {size:,} bytes; 0 empty" in done.stdout
-        and f"tokens: {len(tokens):,} (" in done.stdout
-    )
-    assert f"{len(tokens) / size:.4f} per byte" in done.stdout and "shards: 2" in done.stdout
-    assert len(list(out.parent.iterdir())) == 2
+    assert "documents: 5, " in run(path, "--tokenizer", tokenizer, "--out", out)
+    assert read_shards(out, tokenizer) == texts and len(list(out.parent.iterdir())) == 2
 
 
-def test_many_small_shards_are_one_stream(tmp_path):
-    bpe = tiktoken.get_encoding("gpt2")
-    first, second = write(tmp_path / "1.txt", TEXTS[:3]), write(tmp_path / "2.jsonl", TEXTS[4:])
-    texts = TEXTS[:3] + TEXTS[4:]
-    expected = [[50256, *bpe.encode_ordinary(text)] for text in texts]
-    for size in (1, 7, len(sum(expected[:3], [])), 10**6):  # the third cuts exactly between shards
-        prefix = tmp_path / f"[{size}]" / "s"
-        arguments = [
-            first,
-            second,
-            "--val_fraction",
-            0.4,
-            "--shard_tokens",
-            size,
-            "--out",
-            f"{prefix.parent}//s",
-            "--workers",
-            1,
-        ]
-        if size == 7:  # sets of an earlier run and of others are there already
-            prefix.parent.mkdir()
-            for name in ("s_train_000999.bin", "s_val_000001.bin", "s2_train_000999.bin", "s_train_9.bin"):
-                (prefix.parent / name).write_bytes(b"old")
-            assert "--overwrite" in run(*arguments, code=2).stderr and len(os.listdir(prefix.parent)) == 4
-            arguments.append("--overwrite")
-        removed = run(*arguments).stdout.count("removed: ")
-        train = [read_shard(path) for path in sorted(prefix.parent.glob("s_train_??????.bin"))]
-        assert sum(train, []) == sum(expected[:3], []) and read_shards(prefix) == sum(expected, [])
-        assert {len(tokens) for tokens in train[:-1]} <= {size} and 0 < len(train[-1]) <= size
-        names = {f"s_train_{i + 1:06d}.bin" for i in range(len(train))} | {"s_val_000000.bin"}
-        others = {"s2_train_000999.bin", "s_train_9.bin"} if size == 7 else set()
-        assert set(os.listdir(prefix.parent)) == names | others and removed == len(others)
+@pytest.mark.parametrize("size, texts", [(7, TEXTS), (10**6, [str(i) * (i % 99 + 1) for i in range(2500)])], ids="ab")
+def test_shards_are_one_stream_and_replace_those_of_an_earlier_run(tmp_path, size, texts):
+    inputs = write(tmp_path / "1.txt", texts[:3]), write(tmp_path / "2.jsonl", texts[3:])
+    expected = [[50256, *tiktoken.get_encoding("gpt2").encode_ordinary(text)] for text in texts]
+    prefix = tmp_path / "[x]" / "s"
+    prefix.parent.mkdir()
+    for name in ("s_train_999999.bin", "s_train_000009.bin.tmp", "s2_train_000999.bin"):
+        (prefix.parent / name).write_bytes(b"old")
+    arguments = ["--val_fraction", 0.4, "--shard_tokens", size, "--out", f"{prefix.parent}//s", "--workers", 3]
+    assert "--overwrite" in run(*inputs, *arguments, code=2) and len(os.listdir(prefix.parent)) == 3
+    run(*inputs, *arguments, "--overwrite")
+    train = [read_shard(path) for path in sorted(prefix.parent.glob("s_train_??????.bin"))]
+    val, n = read_shard(f"{prefix}_val_000000.bin"), round(len(texts) * 0.6)
+    assert sum(train, []) == sum(expected[:n], []) and val == sum(expected[n:], [])
+    assert {len(tokens) for tokens in train[:-1]} <= {size} and 0 < len(train[-1]) <= size
+    assert len(os.listdir(prefix.parent)) == len(train) + 2, "validation, and the shards of s2"
 
 
-def test_any_number_of_workers_writes_the_same(tmp_path):
-    words = random.Random(0)
-    texts = [" ".join(f"{words.random():.3g}" for _ in range(words.randrange(1, 20_000))) for _ in range(60)]
-    assert sum(map(len, texts)) > 3 * 2**20, "several parts are under way at once"
-    path = write(tmp_path / "x.jsonl", texts)
-    for workers in (0, 1, 2):
-        arguments = ["--tokenizer", "bytes", "--shard_tokens", 1_000_000]
-        run(path, *arguments, "--workers", workers, "--out", tmp_path / str(workers) / "s")
-    files = [{path.name: path.read_bytes() for path in (tmp_path / str(w)).iterdir()} for w in (0, 1, 2)]
-    assert files[0] == files[1] == files[2] and len(files[0]) == 5
-    assert decode(read_shards(tmp_path / "2" / "s"), "bytes") == texts
-
-
-def test_only_some_parts_are_in_memory():
-    texts = [chr(97 + i) * 2**20 for i in range(9)] + ["the", "end"]
-    left = iter(texts)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        parts = script.tokenize_all(left, "bytes", pool, 4)
-        first = next(parts)
-        assert first[:2].tolist() == [256, 97] and len(first) == 1 + 2**20
-        assert next(left)[0] == "e", "four were read, and the fifth we took away"
-        tokens = np.concatenate([first, *parts]).tolist()
-    assert decode(tokens, "bytes") == texts[:4] + texts[5:]
-
-
-@pytest.mark.parametrize("fraction, val", [(0.05, 1), (0.29, 6), (0.99, 19), (0, 0)])
-def test_the_last_documents_validate(tmp_path, fraction, val):
-    texts = [str(i) for i in range(20)]
-    path = write(tmp_path / "x.txt", texts)
-    run(path, "--tokenizer", "bytes", "--val_fraction", fraction, "--out", tmp_path / "s")
-    assert decode(read_shard(tmp_path / "s_train_000001.bin"), "bytes") == texts[: 20 - val]
-    if val:
-        assert decode(read_shard(tmp_path / "s_val_000000.bin"), "bytes") == texts[20 - val :]
-    assert len(list(tmp_path.glob("*.bin"))) == 1 + bool(val)
-
-
-def test_empty_documents_are_passed_over_and_counted(tmp_path):
-    path = write(tmp_path / "x.xlsx", ["", "a", "", " \n ", "b"])
-    other = tmp_path / "y.txt"
-    other.write_text("<|endoftext|>\nc\n<|endoftext|>\n<|endoftext|>\nd\n<|endoftext|>\n")
-    lines = tmp_path / "z.jsonl"
-    lines.write_text('{"text": ""}\n\n{"text": "e"}\n')
-    done = run(path, other, lines, "--tokenizer", "bytes", "--out", tmp_path / "s")
-    assert decode(read_shards(tmp_path / "s"), "bytes") == ["a", "b", "c", "d", "e"]
-    assert "documents: 5 (4 train, 1 val), 5 bytes; 6 empty" in done.stdout
-
-
-def test_text_for_characters(tmp_path):
-    path, out = write(tmp_path / "x.csv"), tmp_path / "out.txt"
-    done = run(path, "--text", out)
-    assert out.read_bytes().decode() == "\n<|endoftext|>\n".join(TEXTS) + "\n"
-    assert str(out) in done.stdout and sorted(os.listdir(tmp_path)) == ["out.txt", "x.csv"]
-    assert list(script.documents(str(out))) == TEXTS
-    before = out.read_bytes()
-    assert "--overwrite" in run(out, "--text", out, code=2).stderr
+def test_text_and_empty_documents(tmp_path):
+    path, out = write(tmp_path / "x.xlsx", ["", "a", "", " \n ", "b"]), tmp_path / "out.txt"
+    (tmp_path / "y.txt").write_text("<|endoftext|>\nc\n<|endoftext|>\n<|endoftext|>\nd\n<|endoftext|>\n")
+    (tmp_path / "z.jsonl").write_text('{"text": ""}\n\n{"text": "e"}\n')
+    assert "documents: 5, 5 bytes; 6 empty" in run(path, tmp_path / "y.txt", tmp_path / "z.jsonl", "--text", out)
+    assert out.read_text() == "\n<|endoftext|>\n".join("abcde") + "\n"
+    assert "--overwrite" in run(out, "--text", out, code=2)
     run(out, "--text", out, "--overwrite")
-    assert out.read_bytes() == before, "reading and writing change nothing"
+    assert read(out) == list("abcde") and sorted(os.listdir(tmp_path)) == ["out.txt", "x.xlsx", "y.txt", "z.jsonl"]
 
 
-def test_lines_of_windows_and_a_byte_order_mark(tmp_path):
-    path = tmp_path / "x.TXT"
-    path.write_bytes("\ufeffein\r\nText\r\n<|endoftext|>\r\nzwei".encode())
-    assert list(script.documents(str(path))) == ["ein\nText", "zwei"]
-    path = tmp_path / "x.jsonl"
-    path.write_bytes("\ufeff".encode() + b'{"text": "a"}\r\n{"text": "b \\ud83e"}\r\n')  # half of an owl
-    assert list(script.documents(str(path))) == ["a", "b ?"]
-    path = tmp_path / "x.csv"
-    path.write_bytes(b'body,n\r\n"one\r\ntwo",1\r\n\r\nthree,2\r\n')
-    assert list(script.read(str(path), "body")) == ["one\ntwo", "three"]
+def test_lines_of_windows_and_oddities_of_formats(tmp_path):
+    (tmp_path / "x.TXT").write_bytes("\ufeffein\r\nText\r\n<|endoftext|>\r\nzwei".encode())
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b \\ud83e"}\r\n')  # half of an owl
+    (tmp_path / "x.csv").write_bytes(b'body,n\r\n"one\r\ntwo",1\r\n\r\nthree,2\r\n')
     write(tmp_path / "x.xlsx", ["one_x000D_\ntwo"])  # so does Excel write a carriage return
-    assert list(script.read(str(tmp_path / "x.xlsx"), "body")) == ["one\ntwo"]
+    assert read(tmp_path / "x.TXT", tmp_path / "x.jsonl") == ["ein\nText", "zwei", "a", "b ?"]
+    assert read(tmp_path / "x.csv", tmp_path / "x.xlsx") == ["one\ntwo", "three", "one\ntwo"]
 
 
-def test_a_workbook_may_lack_cells_and_be_wrong_about_its_size(tmp_path):
-    book = openpyxl.Workbook()
-    for row in [["title", "body"], ["only a title"], ["both", "a"], [], ["both", "b"]]:
-        book.active.append(row)
-    book.save(tmp_path / "right.xlsx")
-    with zipfile.ZipFile(tmp_path / "right.xlsx") as right, zipfile.ZipFile(tmp_path / "x.xlsx", "w") as wrong:
-        for name in right.namelist():
-            wrong.writestr(name, right.read(name).replace(b'<dimension ref="A1:B5"', b'<dimension ref="A1:A2"'))
-        assert wrong.read("xl/worksheets/sheet1.xml").count(b'ref="A1:A2"') == 1
-    assert list(script.read(str(tmp_path / "x.xlsx"), "body")) == ["", "a", "", "b"]
+def test_markers_and_columns(tmp_path):
+    assert read(CASES / "gpt2simple.txt") == ["One story.\nIts end.", "Two story.", "Three."]
+    path, out = write(tmp_path / "x.jsonl", ["one\n<|endoftext|>\nend", "two"]), tmp_path / "out.txt"
+    assert "became a blank: in 1 of" in run(path, "--text", out)
+    assert out.read_text() == "one\n \nend\n<|endoftext|>\ntwo\n"
+    assert read(CASES / "both.jsonl") == ["summary one", "summary two"]
+    assert read(CASES / "both.jsonl", column="body") == ["Body one", "Body two"]
 
 
-def test_documents_come_before_the_file_is_read_to_its_end(tmp_path):
-    pipe = tmp_path / "x.txt"
-    os.mkfifo(pipe)
-    go_on = threading.Event()
-
-    def feed():
-        with open(pipe, "wb", buffering=0) as f:
-            f.write(b"one\n<|endoftext|>\ntwo\n")
-            go_on.wait(20)
-
-    threading.Thread(target=feed, daemon=True).start()
-    texts = script.documents(str(pipe))
-    assert next(texts) == "one" and not go_on.is_set()
-    go_on.set()
-    assert list(texts) == ["two"]
+def test_a_cell_that_lost_its_text_is_named(tmp_path):
+    out, error = tmp_path / "out.txt", write(tmp_path / "error.xlsx", ["one", "#NAME?", "two"])  # which is an error
+    for path in (CASES / "equals.xlsx", error):
+        assert f"{path.name}: row 3: " in run(path, "--text", out, code=2) and not out.exists()
+        assert "1 bad ones" in run(path, "--text", out, "--skip_bad")
+        out.unlink()
+    assert read(CASES / "equals.xlsx", skip_bad=True) == ["First story.", "Third story.", "Fourth."]
 
 
-def test_bad_input_gets_one_line_that_names_the_place(tmp_path, capsys, monkeypatch):
-    def wrong(name, content, *messages, arguments=()):
-        path = tmp_path / name
-        if content is not None:
-            path.write_bytes(content)
-        prefix = tmp_path / "out" / "s"
-        argv = ["prepare.py", str(path), "--tokenizer", "bytes", "--out", str(prefix), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as stop:
+def test_a_million_blanks(tmp_path):
+    texts = ["a" + " " * 1_000_000 + "b", "a" + "\n" * 3_000_000 + "b", "a" + " " * 999 + "b"]
+    run(write(tmp_path / "x.jsonl", texts), "--out", tmp_path / "s")
+    assert read_shards(tmp_path / "s", "gpt2") == texts
+    assert script.encode(texts[2], "gpt2")[1:].tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(texts[2])
+
+
+WORDS, ROW = "a stürmisch word\n", b'{"text": "a"}\n'
+WRONG = {
+    ("x.xlsx", b""): "x.xlsx: no .xlsx file",
+    ("x.txt", b"\n \n<|endoftext|>\n"): "x.txt: empty",
+    ("x.txt", b"gut\n" + WORDS.encode("cp1252")): "x.txt:2: not UTF-8 but perhaps CP1252; `iconv -f CP1252 -t UTF-8",
+    ("x.txt", "a word\n".encode("utf-16-le")): "x.txt:1: not UTF-8 but perhaps UTF-16LE",
+    ("x.txt", "a word\n".encode("utf-16-be")): "x.txt:1: not UTF-8 but perhaps UTF-16BE",
+    ("x.jsonl", ROW + b'{"text": "a"\n' + ROW): "x.jsonl:2: ",
+    ("x.jsonl", ROW + b"[" * 100_000): "x.jsonl:2: ",
+    ("x.jsonl", ROW + b'{"body": "a"}\n'): "x.jsonl:2: no text in the field 'text', which --column",
+    ("x.csv", b"title,story\na,b\n"): "x.csv: no column 'body'; --column can be 'title', 'story'",
+    ("x.csv", b"title,body\na,b\nc\n"): "x.csv:3: ",
+    ("x.csv", b'title,body\na,"b\nc\n'): "x.csv:3: broken CSV",
+    ("x.doc", b"a"): "x.doc: the name must end in .txt, .jsonl, .csv or .xlsx",
+    ("x.txt", b"a story"): "one document only",
+}
+
+
+def test_bad_input_gets_one_line_that_names_the_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for (name, content), message in WRONG.items():
+        (tmp_path / name).write_bytes(content)
+        command = ["prepare.py", str(tmp_path / name), "--tokenizer", "bytes", "--out", str(tmp_path / "out" / "s")]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit, match="2"):
             script.main()
-        said = capsys.readouterr()
-        assert stop.value.code == 2 and said.err.count("\n") == 1 and said.out == "", said
-        assert said.err.startswith("prepare.py: ") and not prefix.parent.exists()
-        for message in messages:
-            assert message in said.err, said.err
-
-    row = b'{"text": "a"}\n'
-    for suffix in ("txt", "jsonl", "csv", "xlsx"):
-        wrong(f"no.{suffix}", None, f"no.{suffix}: No such file")
-        wrong(f"empty.{suffix}", b"", f"empty.{suffix}: ")
-    wrong("blank.txt", b"\n \n<|endoftext|>\n", "blank.txt: empty")
-    wrong("latin.txt", "gut\nstürmisch".encode("latin-1"), "latin.txt:2: not UTF-8", "byte 3")
-    wrong("wide.txt", "text".encode("utf-16"), "wide.txt:1: not UTF-8")
-    wrong("latin.csv", "body\na\nstürmisch".encode("latin-1"), "latin.csv:3: not UTF-8")
-    wrong("x.jsonl", row + b'{"text": "a"\n' + row, "x.jsonl:2: broken JSON")
-    wrong("deep.jsonl", row + b"[" * 100_000, "deep.jsonl:2: broken JSON")
-    wrong("x.jsonl", row * 2 + b'{"body": "a"}\n', "x.jsonl:3: ", '"text"')
-    wrong("x.jsonl", row + b'{"text": 3}\n', "x.jsonl:2: ", '"text"')
-    wrong("x.jsonl", row + b'["text"]\n', "x.jsonl:2: ", '"text"')
-    wrong("x.csv", b"title,story\na,b\n", "x.csv: no column 'body'", "'title', 'story'")
-    wrong("x.csv", b"title,body\na,b\nc\n", "x.csv:3: only 1 cells")
-    wrong("x.csv", b'title,body\na,"b\nc\n', "x.csv:3: broken CSV")
-    wrong("x.csv", b"title,body\n", "x.csv: empty")
-    wrong("x.xlsx", b"body\nno sheet\n", "x.xlsx: no .xlsx file")
-    write(tmp_path / "good.xlsx")
-    wrong("cut.xlsx", (tmp_path / "good.xlsx").read_bytes()[:2000], "cut.xlsx: no .xlsx file")
-    wrong("good.xlsx", None, "no column 'text'", "'title', 'body', 'rating'", arguments=["--column", "text"])
-    wrong("good.xlsx", None, "good.xlsx: row 2: 'rating' is 4.5, not text", arguments=["--column", "rating"])
-    wrong("x.doc", b"a", "x.doc: the name must end in .txt, .jsonl, .csv or .xlsx")
-    wrong("one.txt", b"a story", "one document only", "--val_fraction 0")
-    write(tmp_path / "good.txt")
-    wrong("good.txt", None, "--val_fraction", arguments=["--val_fraction", 1])
-    wrong("good.txt", None, "--shard_tokens", arguments=["--shard_tokens", 2**31])
-    wrong("good.txt", None, "--workers", arguments=["--workers", -1])
-    wrong("good.txt", None, "--tokenizer", arguments=["--tokenizer", "words"])
-    wrong("good.txt", None, "either --out", arguments=["--text", "x.txt"])
-    wrong("good.txt", None, "either --out", arguments=["--out", ""])
-    wrong("good.txt", None, "is a folder", arguments=["--out", f"{tmp_path}/out/"])
-    wrong("good.txt", None, "is a folder", arguments=["--out", "", "--text", tmp_path])
-    (tmp_path / "file").write_text("")
-    wrong("good.txt", None, f"{tmp_path}/file/s: could not", arguments=["--out", tmp_path / "file" / "s"])
-    wrong("good.txt", None, "could not be written", arguments=["--out", "", "--text", tmp_path / "file" / "s"])
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
 
 
-def test_openpyxl_is_only_needed_for_xlsx(tmp_path):
-    (tmp_path / "stub").mkdir()
-    (tmp_path / "stub" / "openpyxl.py").write_text("raise ImportError")
-    without = {**os.environ, "PYTHONPATH": str(tmp_path / "stub")}
-    run(write(tmp_path / "x.csv"), "--text", tmp_path / "out.txt", env=without)
-    done = run(write(tmp_path / "x.xlsx"), "--text", tmp_path / "other.txt", env=without, code=2)
-    assert "pip install openpyxl" in done.stderr and done.stderr.count("\n") == 1
+def test_mistakes_get_one_line(tmp_path):
+    path, out = write(tmp_path / "x.xlsx"), tmp_path / "s"
+    assert "'rating' is 4.5, not text" in run(path, "--out", out, "--column", "rating", code=2)
+    assert "no.txt: No such file" in run(tmp_path / "no.txt", "--out", out, code=2)
+    assert str(path) in run(path, "--out", path / "s", code=2) and os.listdir(tmp_path) == ["x.xlsx"]
+    run(path, "--out", out, "--tokenizer", "bytes", "--val_fraction", 0)
+    assert sorted(os.listdir(tmp_path)) == ["s_train_000001.bin", "x.xlsx"]
+    (tmp_path / "openpyxl.py").write_text("raise ImportError")
+    without = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert "pip install openpyxl" in run(path, "--text", out, env=without, code=2)
 
 
 @pytest.mark.parametrize("target", ["--out", "--text"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, target):
-    """A limit on the size of files stands in for the full disk: it fails at the same place."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
     path, out = write(tmp_path / "x.txt"), tmp_path / "out"
-    (tmp_path / "out_train_000001.bin").write_bytes(b"old")
-    out.write_bytes(b"old")
-    done = run(
-        path, target, out, "--tokenizer", "bytes", "--val_fraction", 0.6, "--overwrite", code=1, preexec_fn=limit
+    for name in ("out", "out_train_000001.bin"):
+        (tmp_path / name).write_bytes(b"old")
+    assert "File too large" in run(
+        path, target, out, "--tokenizer", "bytes", "--overwrite", code=1, preexec_fn=test_fineweb.LIMIT
     )
-    said = done.stderr.splitlines()
-    assert said[-1] == f"prepare.py: {out}: could not be written (File too large)"
-    assert len(said) == (1 if target == "--text" else 2), "the training shard was whole when the other failed"
     assert sorted(os.listdir(tmp_path)) == ["out", "out_train_000001.bin", "x.txt"]
     assert out.read_bytes() == (tmp_path / "out_train_000001.bin").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_nothing(tmp_path, name):
-    path = write(tmp_path / "x.jsonl", ["words " * 200_000, "x" * 20_000_000, "end"])  # the second takes a worker long
-    out, said = tmp_path / "out", tmp_path / "stderr"
-    command = [sys.executable, ROOT / "data" / "prepare.py", path, "--out", out / "s", "--workers", "2"]
-    with open(said, "w") as f:
-        process = subprocess.Popen(command, stderr=f, start_new_session=True)
-    try:
-        end = time.monotonic() + 20
-        while not list(out.glob("s_train_000001.bin.*.tmp")):
-            assert time.monotonic() < end and process.poll() is None, "no shard was begun"
-            time.sleep(0.01)
-        if name == signal.SIGINT:
-            os.killpg(process.pid, name)  # as a terminal does
-        else:
-            process.send_signal(name)
-        assert process.wait(5) == 130 and said.read_text() == "prepare.py: interrupted\n", said.read_text()
-        assert os.listdir(out) == []
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)  # the workers are gone as well
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_a_worker_that_dies_ends_the_run(tmp_path):
-    path = write(tmp_path / "x.txt")
-    code = (
-        "import multiprocessing, os, data.prepare as script\n"
-        "def die(*arguments): os._exit(9)\n"
-        "multiprocessing.set_start_method('fork')\n"
-        "script.tokenize = die\n"
-        "script.run(script.main)\n"
-    )
-    command = [sys.executable, "-c", code, path, "--tokenizer", "bytes", "--out", tmp_path / "out" / "s"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "worker" in done.stderr, done.stderr
-    assert os.listdir(tmp_path / "out") == []
-
-
-def test_help_shows_the_defaults():
-    text = run("--help").stdout
-    assert "(default: 100000000)" in text and "(default: body)" in text and "python data/prepare.py" in text
+@pytest.mark.parametrize("victim, code", [("all", 130), ("parent", -9), ("a worker", 1)])
+def test_workers_end_with_the_run(tmp_path, victim, code):
+    path, out = write(tmp_path / "x.jsonl", ["x" * 20_000_000] * 3), tmp_path / "out"  # which take a worker long
+    process = test_fineweb.start("prepare.py", path, "--out", out / "s", "--workers", 2, start_new_session=True)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    if victim == "all":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        os.kill(process.pid if victim == "parent" else int(children.read_text().split()[0]), signal.SIGKILL)
+    said = process.communicate(timeout=20)[1]  # which ends when no process is left to say something
+    assert process.returncode == code and said.count("\n") == (victim != "parent") and os.listdir(out) == []

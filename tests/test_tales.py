@@ -21,8 +21,5 @@ def test_texts_are_many_and_share_no_run_of_twelve_words(name, number):
         assert len(words) > 100 and document == document.strip() or i == len(documents) - 1
         for run in zip(*(words[k:] for k in range(12))):
             assert runs.setdefault(run, i) == i, f"documents {runs[run]} and {i} share: {' '.join(run)}"
-
-
-def test_some_tales_begin_as_the_prompt_does():
-    documents = (DATA / "tales.txt").read_text(encoding="utf-8").split("\n<|endoftext|>\n")
-    assert sum(document.startswith("It was a dark and stormy night") for document in documents) >= 5
+    prompted = sum(document.startswith("It was a dark and stormy night") for document in documents)
+    assert prompted >= 5 or name == "plain.txt"
