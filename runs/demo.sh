@@ -4,7 +4,8 @@
 #     bash runs/demo.sh --quick    about a minute: every stage at its smallest, to see that all of it works
 #     bash runs/demo.sh --api      GPT-4o ranks the stories (some 20 short requests), with the key in OPENAI_API_KEY;
 #                                  what follows --api goes to rank.py: --base_url http://localhost:8000/v1 --model llama3
-# Everything is written to out/demo; remove that folder to begin again. The last file is out/demo/timeline.md.
+# Everything is written to out/demo; remove that folder to begin again. The last files are timeline.md and, where
+# matplotlib is installed, curves.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -28,6 +29,10 @@ fi
 
 echo "== packages: torch, numpy, tiktoken, requests, into .venv"
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
+# pip's PyTorch for Linux comes with gigabytes for NVIDIA's cards; without one the small build does, if it can be fetched
+nvidia-smi >/dev/null 2>&1 || .venv/bin/python -c 'import torch' 2>/dev/null || .venv/bin/python -m pip install --quiet \
+    --timeout 10 --retries 1 --index-url https://download.pytorch.org/whl/cpu "$(grep ^torch requirements.txt)" 2>/dev/null \
+    || echo "the small build of PyTorch cannot be fetched: pip takes the usual one"
 .venv/bin/python -c 'import torch, numpy, tiktoken, requests' 2>/dev/null || .venv/bin/python -m pip install -r requirements.txt
 python=.venv/bin/python
 mkdir -p out/demo
@@ -71,4 +76,9 @@ $python runs/timeline.py "Bigram of characters=out/demo/bigram" "Small transform
     "Pretraining on everyday prose (bytes)=out/demo/gpt" "Fine-tuning on the tales=out/demo/tales" \
     "Fine-tuning on the winners=out/demo/best" "DPO on the judgements=out/demo/dpo" --out out/demo/timeline.md
 echo; cat out/demo/timeline.md
+if $python -c 'import matplotlib' 2>/dev/null; then
+    $python runs/plot.py out/demo/char out/demo/gpt out/demo/tales out/demo/dpo --out out/demo/curves
+else
+    echo "pictures of the losses: $python -m pip install matplotlib; $python runs/plot.py out/demo/gpt out/demo/tales"
+fi
 echo "$((SECONDS - begun)) s; more stories: $python sample.py out/demo/dpo"

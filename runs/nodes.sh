@@ -38,6 +38,11 @@ gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
 [[ $gpus =~ ^(0|[1-9][0-9]*)$ ]] || usage "GPUS='$gpus' is not a number of processes"
 python=${PYTHON:-$(command -v .venv/bin/python || echo python3)}
 
+# torchrun compares HOST with what this machine's host name stands for, which on Debian is 127.0.1.1, not its address.
+for address in $(getent ahosts "${meet%:*}" 2>/dev/null | cut -d " " -f 1); do
+    if [[ " $(hostname -I 2>/dev/null) " == *" $address "* ]]; then meet=localhost:${meet##*:}; fi
+done
+
 # Without this, torchrun keeps one store for all attempts, and a machine that comes back reads addresses of dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 

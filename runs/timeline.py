@@ -1,13 +1,11 @@
 """
-The same opening line, continued by every stage: what the runs wrote while they trained, one story under the other.
+The same opening line, continued by every stage: what runs wrote while they trained, one story under the other.
 
-    python runs/timeline.py out/char out/gpt out/finetune --out timeline.md
+    python runs/timeline.py out/char out/gpt out/finetune --out out/timeline.md
     python runs/timeline.py "pretraining=out/gpt" "after the horror=out/finetune" --prompt "Once upon a time"
 
-Each argument is the folder of a run of train_char.py, train_gpt.py or finetune.py, with a name for it, if you like. Of
-its stories.jsonl those are shown that begin with --prompt and that milestones wrote or the last model (--all: all of
-them), each with the validation loss that its log.jsonl has for that step or, failing that, the last one before it.
-Writes --out, Markdown.
+Of the stories that begin with --prompt those of milestones and of the last step are shown, or --all, each with the last
+validation loss before it, in nats a character, byte, token or pair, as the run's checkpoint tells. Writes Markdown.
 """
 
 # /// script
@@ -16,157 +14,87 @@ Writes --out, Markdown.
 # ///
 
 import argparse
-import contextlib
+import glob
 import json
 import os
 import sys
 
+import torch
+
 
 def get_flags():
-    flags = Flags()
-    add = flags.add_argument
+    form, usage = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS  # a mistake gets one line
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, usage=usage)
+    add, prompt = parser.add_argument, "It was a dark and stormy night"
     add("runs", nargs="+", metavar="[NAME=]FOLDER", help="folders of runs, in the order of the stages")
-    add("--prompt", default="It was a dark and stormy night", help="the opening; other stories are passed over")
+    add("--prompt", default=prompt, help=f"the opening; other stories are passed over (default: {prompt})")
     add("--all", action="store_true", help="also stories between the milestones")
-    add("--out", default="timeline.md", help="what to write")
-    return flags.parse_args()
-
-
-# --- command line: the same in every script (tests/test_copies.py) ---
+    add("--out", default="out/timeline.md", help="what to write (default: out/timeline.md)")
+    return parser.parse_args()
 
 
 def fail(message, code=2):
-    """End with one line on stderr: code 2 for what the user can put right, 1 when the work itself failed."""
-    if code != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # under torchrun all ranks see the same mistake
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    print(f"timeline.py: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-class Flags(argparse.ArgumentParser):
-    """Flat flags: --help shows the script's docstring and every default, a mistake gets one line."""
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            return action.help if action.default is None else super()._get_help_string(action)
-
-    def __init__(self):
-        super().__init__(description=sys.modules["__main__"].__doc__, formatter_class=self.Help, allow_abbrev=False)
-
-    def error(self, message):
-        fail(message)
-
-
-def number(kind, low, high=float("inf")):
-    """The type of a flag that takes an int or a float from low to high."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            bounds = f"of {low} or more" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}")
-        return value
-
-    return parse
-
-
-def run(main):
-    """Call main(); Ctrl-C, a full disk, and a reader of the output that has left (`| head`) leave no traceback."""
-    code, said = 0, None
-    try:
-        try:
-            main()
-        finally:
-            if sys.stdout:
-                sys.stdout.flush()
-    except SystemExit as end:
-        code = end.code
-    except KeyboardInterrupt:
-        code, said = 130, "interrupted"
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout still holds would fail again
-        code, said = 1, f"{error.filename or 'the work stopped'}: {error.strerror or error}"
-        if isinstance(error, BrokenPipeError):
-            code, said = 141, None
-    if said:
-        print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
-    if "WORLD_SIZE" in os.environ:  # gloo's threads may abort Python's own shutdown (PyTorch issue 190489)
-        os._exit(code)
-    raise SystemExit(code)
-
-
-# --- end of command line ---
 
 
 def read(path):
-    """The objects of a .jsonl; a last line that was cut short, by a run that was killed, is passed over."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8'}")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            if number < len(lines):
-                fail(f"{path}:{number}: is not a JSON object")
-    return rows
+    """The objects of a .jsonl, without the half line that a run leaves when it is killed."""
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
-def stages(folder, prompt, everything):
-    """[(what the log says of a step, story)] of a run: of a step that was repeated, after a resume, the later."""
-    validated, told = {}, {}
-    for row in read(os.path.join(folder, "log.jsonl")):
-        if "val_loss" in row:
-            validated[row["step"]] = row
+def unit_of(folder):
+    """Of what the losses of a folder's run are, as a checkpoint there tells."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.pt")):
+        tokenizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
+        return "character" if "chars" in tokenizer else "byte" if tokenizer == "bytes" else "token"
+    return "unit that no checkpoint here tells"
+
+
+def stage(folder, prompt, everything):
+    """The stories of a run in Markdown, each below what the log says of its step."""
+    validated = {row["step"]: row for row in read(os.path.join(folder, "log.jsonl")) if "val_loss" in row}
+    told, stories, unit = {}, [], unit_of(folder)
     for row in read(os.path.join(folder, "stories.jsonl")):
-        if row.get("text", "").startswith(prompt) and row.get("prompt") == prompt:
+        if row["prompt"] == prompt:  # of a step that was repeated, after a resume, the later one
             told[row.get("step", max(validated, default=0))] = row["text"]
-    found = []
     for step, text in sorted(told.items()):
         milestone = os.path.exists(os.path.join(folder, f"milestone_{step:06d}.pt"))
         if not (everything or milestone or step == max(told)):
             continue
-        about = validated.get(max((s for s in validated if s <= step), default=None), {})
-        words = [f"step {step}"]
-        if about:
-            earlier = f" at step {about['step']}" if about["step"] < step else ""
-            words.append(f"validation loss {about['val_loss']:.4f}{earlier}")
-        words += [f"accuracy on held-out pairs {about['val_accuracy']:.0%}"] if "val_accuracy" in about else []
-        found.append((", ".join(words), text))
-    return found
+        about, last = f"step {step}", max((s for s in validated if s <= step), default=None)
+        if last is not None:
+            loss, accuracy = validated[last]["val_loss"], validated[last].get("val_accuracy")
+            about += f", validation loss {loss:.4f} nats a {unit if accuracy is None else 'pair'}"
+            about += f" at step {last}" if last < step else ""
+            about += f", the winner ahead in {accuracy:.0%} of the held-out pairs" if accuracy is not None else ""
+        continued = text[len(prompt) :].strip("\n").replace("\n", "\n> ")
+        stories.append(f"{about}\n\n> **{prompt}**{continued}\n")
+    return stories
 
 
 def main():
     flags = get_flags()
-    parts = [f"# {flags.prompt} ...\n"]
+    parts, count = [f"# {flags.prompt} ...\n"], 0
     for run in flags.runs:
         name, _, folder = run.rpartition("=")
         try:
-            found = stages(folder, flags.prompt, flags.all)
+            stories = stage(folder, flags.prompt, flags.all)
         except (KeyError, TypeError, ValueError, AttributeError):
             fail(f"{folder}: log.jsonl or stories.jsonl is not as the training scripts write it")
-        if not found:
-            fail(f"{folder}: no story there begins with {flags.prompt!r}")
-        parts.append(f"## {name or os.path.basename(os.path.normpath(folder))}\n")
-        for about, text in found:
-            continued = text[len(flags.prompt) :].strip("\n")
-            quoted = "\n".join(f"> {line}".rstrip() for line in f"**{flags.prompt}**{continued}".split("\n"))
-            parts.append(f"{about}\n\n{quoted}\n")
-    try:
-        with open(flags.out + ".tmp", "w", encoding="utf-8") as f:
-            f.write("\n".join(parts))
-        os.replace(flags.out + ".tmp", flags.out)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(flags.out + ".tmp")
-        fail(f"{flags.out}: {error.strerror}")
-    print(f"{flags.out}: {sum('> **' in part for part in parts)} stories")
+        if not stories:
+            fail(f"{folder}: no story there has the prompt {flags.prompt!r}")
+        parts += [f"## {name or os.path.basename(os.path.normpath(folder))}\n", *stories]
+        count += len(stories)
+    os.makedirs(os.path.dirname(flags.out) or ".", exist_ok=True)
+    with open(flags.out, "w", encoding="utf-8") as f:
+        f.write("\n".join(parts))
+    print(f"{flags.out}: {count} stories")
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename or 'the work stopped'}: {error.strerror or error}", 2 if error.filename else 1)
