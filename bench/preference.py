@@ -20,7 +20,7 @@ from common import ROOT, pretrain, read_rows, run, show
 
 SIZE = "--n_layer 4 --n_embd 192 --n_head 3 --max_iters 240 --warmdown_frac 0.5".split()
 TUNE = "finetune.py --device cpu --overwrite --sample_every 0".split()
-JUDGE = "--judge local --scary sft --plain base --device cpu --overwrite --out".split()
+JUDGE = "--judge local --scary sft --plain base --device cpu --out".split()
 SEEDS = 1, 2, 3
 
 

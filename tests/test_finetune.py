@@ -1,33 +1,32 @@
 """finetune.py: what it learns from, beside other implementations, on two processes, killed, resumed, refused."""
 
-import fcntl
-import hashlib
+import functools
 import json
 import math
 import os
-import pathlib
 import random
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import test_train_gpt
 import torch
 import torch.nn.functional as F
-from test_train_gpt import as_nanochat, wait_for, write_shard
+from conftest import refused
+from test_model import as_nanochat, random_model
+from test_train_gpt import assert_same_end, load, rows, wait_for, write_shard
 
 import finetune as script
 from bench import dpo_oracle
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 T, V, END = 32, 257, 256
 PROMPT, LETTERS = "It was dark", "ABCDEFGHIJKLMNOPQRST"
 TOLD = dict(matrix_lr=0.02, down_lr=0.03, embed_lr=0.3, head_lr=0.01, batch_size=3, total_batch_size=256)
-QUIET = "--device cpu --dtype float32 --sample_every 0".split()
+SCRIPT = "finetune.py --device cpu --dtype float32 --sample_every 0 --init base".split()
+start = functools.partial(test_train_gpt.start, script=SCRIPT)
+tune = functools.partial(test_train_gpt.train, script=SCRIPT)
 SFT = "--data stories.txt --total_batch_size 32 --epochs 2".split()
 DPO = "--method dpo --data ranked.jsonl --pairs 5 --epochs 2 --lr_scale 0.05".split()
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 # Made by `python bench/dpo_oracle.py` with trl 1.16.0, transformers 5.23.0, torch 2.13.0.
 TRL = """
 loss 0.6676239 winners 0.1756265 losers 0.1003512
@@ -39,15 +38,8 @@ blocks.1.up.size 0.8074928 blocks.1.up.along 0.0522598 blocks.1.down.size 0.9630
 """
 
 
-def random_model(**changes):
-    """A model with no zero anywhere in it."""
-    torch.manual_seed(0)
-    config = dict(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_embd=32)
-    model = script.GPT(config | dict(tie_weights=False, embed_norm=True, logit_softcap=15.0) | changes)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2)
-    return model
+def make_model(**changes):
+    return random_model(**dict(block_size=T, n_layer=2) | changes)
 
 
 def write_stories(path):
@@ -74,39 +66,13 @@ def write_rankings(path):
 def work(tmp_path_factory):
     """The folder in which everything runs: a checkpoint, stories and rankings, then one folder for each run."""
     work = tmp_path_factory.mktemp("finetune")
-    model, train = random_model(), dict(step=7, flags=TOLD)
+    model, train = make_model(), dict(step=7, flags=TOLD)
     base = dict(format=1, config=model.config, tokenizer="bytes", model=model.state_dict(), train=train)
-    torch.save(base, work / "base.pt")
+    (work / "base").mkdir()
+    torch.save(base, work / "base" / "ckpt.pt")
     write_stories(work / "stories.txt")
     write_rankings(work / "ranked.jsonl")
     return work
-
-
-def start(work, out, *flags, ranks=1):
-    """A run in the background; what it says goes to OUT.txt."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *torchrun, ROOT / "finetune.py", *QUIET, "--init", "base.pt", "--out_dir", out, *flags]
-    with open(work / f"{out}.txt", "w") as said:
-        return subprocess.Popen(list(map(str, command)), cwd=work, stdout=said, stderr=said, env=ENVIRONMENT)
-
-
-def tune(work, out, *flags, ranks=1):
-    """A run from start to end; returns what it said."""
-    with start(work, out, *flags, ranks=ranks) as process:
-        code = process.wait()
-    said = (work / f"{out}.txt").read_text()
-    assert code == 0, said
-    return said
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def values(out, key):
-    """By step: a resumed run may have logged one twice."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row[key] for row in rows if key in row}
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +96,7 @@ def test_each_epoch_holds_each_story_once_in_an_order_of_its_own():
         parts = np.split(epoch, np.flatnonzero(epoch == END))[1:]
         assert sorted(map(tuple, parts)) == sorted(map(tuple, stories))
     assert not first.equal(second)
-
-
-@pytest.mark.parametrize("count, share, held", [(2, 0.0, 1), (2, 0.9, 1), (20, 0.05, 1), (100, 0.05, 5), (3, 0.9, 2)])
-def test_a_share_is_held_out(count, share, held):
-    learned, validated = script.hold_out(list(range(count)), share, 1)
-    assert len(validated) == held and sorted(learned + validated) == list(range(count))
+    assert [len(script.hold_out(stories, share, 1)[1]) for share in (0.0, 0.34, 0.99)] == [1, 2, 5]  # one is learned
 
 
 def test_stories_are_the_same_from_every_kind_of_file(tmp_path):
@@ -155,12 +116,12 @@ def test_stories_are_the_same_from_every_kind_of_file(tmp_path):
 def test_what_is_held_out_is_never_learned_from(runs):
     """A byte of one story alone keeps its embedding, to the bit, when that story is not read."""
     texts = (runs / "stories.txt").read_text().split("\n<|endoftext|>\n")
-    before, after = load(runs / "base.pt")["model"]["embed"], load(runs / "sft/ckpt.pt")["model"]["embed"]
+    before, after = load(runs / "base")["model"]["embed"], load(runs / "sft")["model"]["embed"]
     kept = [text for text in texts if torch.equal(before[ord(text[0])], after[ord(text[0])])]
     assert len(texts) == 20 and len(kept) == 1
-    theirs, tokens = as_nanochat(random_model()), torch.tensor([END, *kept[0].strip().encode()])
+    theirs, tokens = as_nanochat(make_model()), torch.tensor([END, *kept[0].strip().encode()])
     logits = torch.cat([theirs(x[None]).logits[0] for x in tokens[:-1].split(T)])
-    assert values(runs / "sft", "val_loss")[0] == pytest.approx(F.cross_entropy(logits, tokens[1:]).item(), abs=1e-5)
+    assert rows(runs / "sft", "val_loss")[0] == pytest.approx(F.cross_entropy(logits, tokens[1:]).item(), abs=1e-5)
 
 
 def test_tokens_of_gpt2(tmp_path):
@@ -170,9 +131,8 @@ def test_tokens_of_gpt2(tmp_path):
     path.write_text(json.dumps(dict(group=0, stories=told, best="B")))
     stories, [[[winner, _]]] = script.read_groups(str(path), tokenizer, T)
     prompt = [50256, *tokenizer.encode_ordinary("A dark and stor")]
-    assert stories[winner][0].tolist() == prompt + tokenizer.encode_ordinary("my B") and stories[winner][1] == len(
-        prompt
-    )
+    assert stories[winner][0].tolist() == prompt + tokenizer.encode_ordinary("my B")
+    assert stories[winner][1] == len(prompt)
     texts = [" " * 1_000_000 + "a", "a" + "\n" * 1_000_000, "It was<|endoftext|>dark  and \n\n stormy."]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     found, _ = script.read_stories(str(path), tokenizer)
@@ -184,15 +144,16 @@ def test_tokens_of_gpt2(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_weights=True), dict(logit_softcap=0.0, vocab_size=50257, n_embd=16)])
-def test_the_loss_in_slices_has_the_gradients_of_transformers(changes):
+def test_the_loss_whole_and_in_slices_has_the_gradients_of_transformers(changes):
     """Over 50,257 tokens a slice has 20 rows, and the last one fewer."""
-    model = random_model(**changes)
+    model = make_model(**changes)
     theirs = as_nanochat(model)
     idx, targets = torch.randint(V, (2, 2, T - 3))
-    loss = script.backward_in_slices(model, idx, targets, 0.25)
-    expected = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten()) / 4
+    loss, whole = script.backward_in_slices(model, idx, targets, 0.25), model(idx, targets)
+    (0.75 * whole).backward()  # as in pretraining
+    expected = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten())
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert (4 * loss.item(), whole.item()) == pytest.approx(2 * (expected.item(),), abs=1e-5)
     vocab_size, layer = model.config["vocab_size"], theirs.model.layers[1]
     for ours, reference in [
         (model.embed.grad[:vocab_size], theirs.model.embed_tokens.weight.grad),
@@ -215,8 +176,8 @@ def test_dpo_is_that_of_trl():
 def test_sft_is_a_plain_loop(work):
     """With the matrices at rest: transformers' model, torch.optim.AdamW, a twentieth of the steps up, then down."""
     tune(work, "plain", *"--data stories.txt --matrix_lr 0 --down_lr 0 --total_batch_size 64 --lr_scale 0.2".split())
-    losses = values(work / "plain", "train_loss")
-    theirs = as_nanochat(random_model())
+    losses = rows(work / "plain", "train_loss")
+    theirs = as_nanochat(make_model())
     parts, _ = script.read_stories(str(work / "stories.txt"), script.get_tokenizer("bytes"))
     learned, _ = script.hold_out(parts, 0.05, 1337)
     steps = math.ceil(3 * sum(map(len, learned)) / 64)  # three passes
@@ -236,22 +197,24 @@ def test_sft_is_a_plain_loop(work):
 
 
 def test_winners_become_likelier_than_losers(runs):
-    first, *_, last = zip(*(values(runs / "dpo", f"val_{key}").values() for key in ("loss", "margin", "accuracy")))
+    first, *_, last = zip(*(rows(runs / "dpo", f"val_{key}").values() for key in ("loss", "margin", "accuracy")))
     assert first == (pytest.approx(math.log(2)), 0, 0.5)
     assert last[0] < 0.6 and last[1] > 0.2 and last[2] == 1
-    assert "20 groups with a winner to learn from (60 pairs), 1 held out (3)" in (runs / "dpo.txt").read_text()
+    assert "20 groups with a winner to learn from (60 pairs), 1 held out (3)" in (runs / "dpo/log.txt").read_text()
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_two_processes_have_the_same_losses(runs, method):
     for key in ("train_loss", "val_loss", "train_margin", "val_accuracy"):
-        one, two = values(runs / method, key), values(runs / f"{method}_on_two", key)
+        one, two = rows(runs / method, key), rows(runs / f"{method}_on_two", key)
         assert list(one) == list(two)
         np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-4, rtol=0)
 
 
 def test_rates_and_length_are_those_of_the_checkpoint_or_of_a_flag(runs, tmp_path):
-    assert max(values(runs / "sft", "lr").values()) == pytest.approx(0.1 * 0.02, rel=0.1)
+    parent = load(runs / "sft")["train"]["parent"]
+    assert (parent["path"], parent["step"]) == ("base/ckpt.pt", 7)
+    assert max(rows(runs / "sft", "lr").values()) == pytest.approx(0.1 * 0.02, rel=0.1)
     (tmp_path / "best.jsonl").write_text('{"text": "It was", "prompt": "It"}\n{"text": "It is", "prompt": "It"}\n')
     flags = "--data", "best.jsonl", "--val_loss_every", 0, "--head_lr", 0.5
     said = tune(tmp_path, "best", *flags, "--init", runs / "dpo")
@@ -262,22 +225,13 @@ def test_rates_and_length_are_those_of_the_checkpoint_or_of_a_flag(runs, tmp_pat
 # --- what it leaves ---
 
 
-def test_a_checkpoint_names_its_parent(runs):
-    digest = hashlib.sha256()
-    for tensor in load(runs / "base.pt")["model"].values():
-        digest.update(tensor.numpy().tobytes())
-    for method in ("sft", "dpo"):
-        parent = load(runs / method / "ckpt.pt")["train"]["parent"]
-        assert parent == dict(path="base.pt", step=7, sha256=digest.hexdigest())
-
-
 def test_it_shows_stories_and_losses_on_the_way(work):
     flags = "--data stories.txt --max_tokens 300 --sample_every 4 --max_new_tokens 5 --val_loss_every 3".split()
     said = tune(work, "told", *flags, "--prompt", "Dark")
     stories = [json.loads(line) for line in (work / "told" / "stories.jsonl").read_text().splitlines()]
     assert [story["step"] for story in stories] == [0, 4, 8, 10]
     assert all(story["text"].startswith("Dark") and story["tokens"] <= 5 for story in stories)
-    assert list(values(work / "told", "val_loss")) == [0, 3, 6, 9, 10] and "step 1/10  loss" in said
+    assert list(rows(work / "told", "val_loss")) == [0, 3, 6, 9, 10] and "step 1/10  loss" in said
 
 
 # --- interrupted and resumed ---
@@ -295,86 +249,45 @@ def test_interruptions_change_nothing(runs, method, flags):
             process.send_signal(number)
         assert process.returncode == (-9 if number == signal.SIGKILL else 143)
     assert "resumed from" in tune(runs, out, *flags)
-    ours, theirs = load(runs / out / "ckpt.pt"), load(runs / method / "ckpt.pt")
-    for key in ("step", "moments", "squares"):
-        torch.testing.assert_close(ours["train"][key], theirs["train"][key], atol=0, rtol=0)
-    torch.testing.assert_close(ours["model"], theirs["model"], atol=0, rtol=0)
-    for key in ("train_loss", "val_loss", "val_margin"):
-        assert values(runs / out, key) == values(runs / method, key), key
+    assert_same_end(runs / out, runs / method)
 
 
 # --- refused ---
 
 
-def refused(monkeypatch, capsys, *flags):
-    """The one line that a mistake gets."""
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "finetune.py"), *QUIET, *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        script.run(script.main)
-    message = capsys.readouterr().err
-    for file in script.files:  # and with them the lock
-        file.close()
-    script.files.clear()
-    assert stop.value.code == 2 and message.startswith("finetune.py: ") and message.count("\n") == 1, message
-    return message
+def test_mistakes_are_named(work, monkeypatch):
+    monkeypatch.chdir(work)
+    torch.save(load(work / "base") | dict(tokenizer={"chars": "abc"}), "chars.pt")
+    (work / "latin.txt").write_bytes(b"Two\n<|endoftext|>\nst\xf6ries")
+    (work / "broken.jsonl").write_text('{"text": "a"}\n{"text": "b"')
+    (work / "group.jsonl").write_text((work / "ranked.jsonl").read_text().splitlines()[0])
+    write_shard(work / "gpt2.bin", [50256, 11, 12, 50256, 13, 14])
+    for flags, words in {
+        "--data latin.txt": "latin.txt",
+        "--data broken.jsonl": "broken.jsonl, line 2: ",
+        "--data group.jsonl": 'group.jsonl, line 1: no "text"',
+        "--data group.jsonl --method dpo": "group.jsonl: fewer than two groups",
+        "--data gpt2.bin": "gpt2.bin",
+        "--data none_*.bin": "none_*.bin: fewer than two different stories",
+        "--init no.pt": "no.pt",
+        "--init chars.pt": "chars.pt: a model of characters; train_char.py",
+        "--total_batch_size 33": "--total_batch_size 33: not a multiple of 32",
+    }.items():
+        assert words in refused(*SCRIPT, *SFT, "--out_dir", "none", *flags.split()), flags
+    assert not os.path.exists("none"), "nothing is begun"
 
 
-def test_mistakes_are_named(work, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(load(work / "base.pt") | dict(tokenizer={"chars": "abc"}), "chars.pt")
-    pathlib.Path("latin.txt").write_bytes(b"Two\n<|endoftext|>\nst\xf6ries")
-    pathlib.Path("broken.jsonl").write_text('{"text": "a"}\n{"text": "b"')
-    pathlib.Path("group.jsonl").write_text((work / "ranked.jsonl").read_text().splitlines()[0])
-    write_shard(tmp_path / "gpt2.bin", [50256, 11, 12, 50256, 13, 14])
-    for flags, words in (
-        (["--data", "latin.txt"], "latin.txt"),
-        (["--data", "broken.jsonl"], "broken.jsonl, line 2: "),
-        (["--data", "group.jsonl"], 'group.jsonl, line 1: no "text"'),
-        (["--data", "group.jsonl", "--method", "dpo"], "group.jsonl: fewer than two groups"),
-        (["--data", "gpt2.bin"], "gpt2.bin"),
-        (["--data", "none_*.bin"], "none_*.bin: fewer than two different stories"),
-        (["--init", "no.pt"], "no.pt"),
-        (["--init", "latin.txt"], "latin.txt: damaged"),
-        (["--init", "chars.pt"], "chars.pt: a model of characters; train_char.py"),
-        (["--total_batch_size", 33], "--total_batch_size 33: not a multiple of 32"),
-    ):
-        command = "--init", work / "base.pt", "--data", work / "stories.txt", *flags
-        assert words in refused(monkeypatch, capsys, *command), flags
-    assert not os.path.exists("out"), "nothing is begun"
-
-
-def files_of(out):
-    return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
-def test_earlier_runs_are_never_in_the_way(runs, capsys, monkeypatch):
+def test_a_run_is_resumed_as_what_it_was_and_never_replaced_by_its_child(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    before = files_of(runs / "sft")
-    command = "--data", "stories.txt", "--out_dir", f"../{runs.name}/sft/"
-    for init in ("sft", "sft/ckpt.pt"):
-        assert "give another folder" in refused(monkeypatch, capsys, *command, "--overwrite", "--init", init)
-    assert "holds an earlier run" in refused(monkeypatch, capsys, *command, "--init", "base.pt")
-    with open("sft/log.txt", "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # as a run does
-        assert "another run is at work" in refused(monkeypatch, capsys, *command, "--init", "base.pt", "--overwrite")
-    assert files_of(runs / "sft") == before
-
-
-def test_a_run_is_resumed_as_what_it_was(runs, capsys, monkeypatch):
-    monkeypatch.chdir(runs)
-    before = files_of(runs / "sft")
-    damaged = bytearray(before["ckpt.pt"])
-    damaged[len(damaged) // 2] ^= 1
-    os.mkdir("damaged")
-    pathlib.Path("damaged/ckpt.pt").write_bytes(damaged)
-    pathlib.Path("more.txt").write_text(pathlib.Path("stories.txt").read_text() + "<|endoftext|>\nOne more.\n")
-    command = [*SFT, "--init", "base.pt", "--out_dir", "sft", "--resume"]
-    for flags, words in (
-        (["--init", "dpo"], "was trained with init_sha256 "),
-        (["--data", "more.txt"], "was trained with data_sha256 "),
-        (["--epochs", 3], "was trained with epochs 2.0, not 3.0"),
-        (["--out_dir", "damaged"], "damaged/ckpt.pt is damaged"),
-    ):
-        assert words in refused(monkeypatch, capsys, *command, *flags), flags
-    assert files_of(runs / "sft") == before
+    (runs / "more.txt").write_text((runs / "stories.txt").read_text() + "<|endoftext|>\nOne more.\n")
+    before = {path.name: path.read_bytes() for path in (runs / "sft").iterdir()}
+    for flags, words in {
+        "--overwrite --init sft": "give another folder",
+        "--overwrite --init sft/ckpt.pt": "give another folder",
+        "--resume --init dpo": "was trained with init_sha256 ",
+        "--resume --data more.txt": "was trained with data_sha256 ",
+        "--resume --epochs 3": "was trained with epochs 2.0, not 3.0",
+    }.items():
+        assert words in refused(*SCRIPT, *SFT, "--out_dir", f"../{runs.name}/sft/", *flags.split()), flags
+    assert {path.name: path.read_bytes() for path in (runs / "sft").iterdir()} == before
     assert "resumed from" in tune(runs, "sft", *SFT, "--resume", "--batch_size", 1)

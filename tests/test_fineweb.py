@@ -101,8 +101,12 @@ def get(server, path, retries=1):
 
 def test_shards_arrive_and_are_then_passed_over(server, tmp_path):
     out = tmp_path / "new" / "folder"
+    run(0, "--out_dir", out)
+    (out / f"{ONE}.part").write_bytes(server.files[FOLDER + ONE] + b"more")
+    (out / f"{TWO}.part").write_bytes(server.files[FOLDER + TWO])  # killed before it got its name
     run(2, "--out_dir", out)
     assert {FOLDER + path.name: path.read_bytes() for path in out.iterdir()} == server.files
+    assert server.asked == [(FOLDER + VAL, None), (FOLDER + ONE, None)]
     (out / TWO).write_bytes(shard(2)[:-2])  # not whole: fetched again
     server.asked.clear()
     assert "3 of 3 shards" in run(2, "--out_dir", out)
@@ -140,14 +144,6 @@ def test_nothing_is_added_to_a_part_of_another_file(server, tmp_path, monkeypatc
     assert [asked is not None for _, asked in server.asked] == ([False, True, False] if odd else [False, True])
 
 
-def test_a_part_that_is_too_long_or_whole(server, tmp_path):
-    (tmp_path / "x.part").write_bytes(server.files[FOLDER + ONE] + b"more")
-    get(server, tmp_path / "x")
-    (tmp_path / "x").rename(tmp_path / "x.part")
-    get(server, tmp_path / "x")
-    assert len(server.asked) == 1
-
-
 def test_what_is_no_whole_shard_gets_no_final_name(server, tmp_path):
     good = shard(1)
     for wrong in (b"<html>" * 999, good[:4] + b"\2" + good[5:], good[:-2], good + b"\0\0", good[:1000]):
@@ -174,12 +170,23 @@ def test_a_full_disk_no_network_and_mistakes(server, tmp_path, monkeypatch):
     assert "103" in run(104, code=2) and VAL in run("--out_dir", tmp_path / VAL / "x", code=2)
 
 
-@pytest.mark.parametrize("odd", [{"shift": 10, "ignores If-Range": 1}, *HOSTILE[:5]], ids=str)
-def test_hellaswag_refuses_other_pieces_and_addresses_that_are_none(server, tmp_path, monkeypatch, odd):
-    server.files["/x"], server.odd = bytes(1000), {"x": odd, "": odd}
-    (tmp_path / "x.part").write_bytes(bytes(500))
-    for name, value in (("URL", f"{server.url}/x"), ("PATH", str(tmp_path / "x")), ("SIZE", 1000)):
+def test_hellaswag_goes_on_where_it_was_and_refuses_what_is_not_it(server, tmp_path, monkeypatch):
+    path, part, body = tmp_path / "x", tmp_path / "x.part", os.urandom(300_000)
+    for name, value in (("URL", f"{server.url}/x"), ("PATH", str(path)), ("SIZE", len(body))):
         monkeypatch.setattr(hellaswag, name, value)
-    with pytest.raises(SystemExit, match="^hellaswag.py: .*; the same command goes on where it stopped$"):
+    server.files["/x"], ranges = body, {"ignores If-Range": 1}  # which it does not send
+    server.free.set()
+    for odd in (ranges | {"cut": 100_000}, ranges | {"shift": 10}, *HOSTILE[:5]):
+        server.odd = {"x": odd, "": odd}
+        with pytest.raises(SystemExit, match="^hellaswag.py: .*; the same command goes on where it stopped$"):
+            hellaswag.main()
+        assert os.listdir(tmp_path) == ["x.part"] and part.read_bytes() == body[:65536]
+    server.odd = {"x": ranges}
+    server.asked.clear()
+    hellaswag.main()
+    hellaswag.main()  # it is there: nobody is asked
+    assert server.asked == [("/x", "bytes=65536-")] and path.read_bytes() == body
+    monkeypatch.setattr(hellaswag, "SIZE", 1)
+    with pytest.raises(SystemExit, match="instead of 1$"):
         hellaswag.main()
-    assert os.listdir(tmp_path) == ["x.part"] and (tmp_path / "x.part").read_bytes() == bytes(500)
+    assert os.listdir(tmp_path) == ["x"]

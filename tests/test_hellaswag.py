@@ -1,7 +1,6 @@
-"""hellaswag.py as a user runs it: beside transformers row by row, stopped, shared, with mistakes; and its download."""
+"""hellaswag.py as a user runs it: beside transformers row by row, stopped, shared, with mistakes."""
 
 import json
-import os
 import re
 
 import pytest
@@ -9,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import call, refused
 from test_model import QUESTION, as_nanochat, random_model, write_checkpoint
-from test_train_gpt import popen, random_questions, served, wait_for
+from test_train_gpt import popen, random_questions, wait_for
 
-import data.hellaswag as fetch
 import hellaswag as script
 
 FEW, MANY = 8, 250
@@ -142,30 +140,3 @@ def test_a_mistake_gets_one_line(work, tmp_path, monkeypatch):
     }.items():
         assert message in refused("hellaswag.py", *PLAIN, "--data", "few.jsonl", "--details", "x", *flags.split())
     assert (work / "notes").read_text() == "notes" and (work / "x").read_text() == ""
-
-
-# --- data/hellaswag.py ---
-
-
-def test_download_goes_on_where_it_was_is_checked_and_renamed(tmp_path, monkeypatch):
-    body, asked, path = os.urandom(300_000), [], tmp_path / "val.jsonl"
-
-    def answer(_, headers, body_sent):
-        asked.append(int(re.fullmatch(r"bytes=(\d+)-", headers["Range"])[1]))
-        return 206, len(body) - asked[-1], body[asked[-1] : 100_000 if len(asked) == 1 else None]
-
-    monkeypatch.setattr(fetch, "PATH", str(path))
-    monkeypatch.setattr(fetch, "SIZE", len(body))
-    with served(answer) as url:
-        monkeypatch.setattr(fetch, "URL", url)
-        with pytest.raises(SystemExit):
-            fetch.main()
-        assert not path.exists()
-        fetch.main()
-        fetch.main()  # it is there: nobody is asked
-        assert asked[0] == 0 < asked[1] and len(asked) == 2 and path.read_bytes() == body
-        path.unlink()
-        monkeypatch.setattr(fetch, "SIZE", 1)
-        with pytest.raises(SystemExit):
-            fetch.main()
-    assert not path.exists()

@@ -17,6 +17,7 @@ import openpyxl
 import pytest
 import test_fineweb
 import tiktoken
+from conftest import refused
 
 import data.prepare as script
 
@@ -28,8 +29,6 @@ TEXTS = [
     "x" * 200_000,  # more than csv takes by default
     "The end.",
 ]
-
-
 run = functools.partial(test_fineweb.run, name="prepare.py")
 
 
@@ -140,7 +139,7 @@ def test_a_million_blanks(tmp_path):
     texts = ["a" + " " * 1_000_000 + "b", "a" + "\n" * 3_000_000 + "b", "a" + " " * 999 + "b"]
     run(write(tmp_path / "x.jsonl", texts), "--out", tmp_path / "s")
     assert read_shards(tmp_path / "s", "gpt2") == texts
-    assert script.encode(texts[2], "gpt2")[1:].tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(texts[2])
+    assert read_shard(tmp_path / "s_val_000000.bin")[1:] == tiktoken.get_encoding("gpt2").encode_ordinary(texts[2])
 
 
 WORDS, ROW = "a stürmisch word\n", b'{"text": "a"}\n'
@@ -149,7 +148,6 @@ WRONG = {
     ("x.txt", b"\n \n<|endoftext|>\n"): "x.txt: empty",
     ("x.txt", b"gut\n" + WORDS.encode("cp1252")): "x.txt:2: not UTF-8 but perhaps CP1252; `iconv -f CP1252 -t UTF-8",
     ("x.txt", "a word\n".encode("utf-16-le")): "x.txt:1: not UTF-8 but perhaps UTF-16LE",
-    ("x.txt", "a word\n".encode("utf-16-be")): "x.txt:1: not UTF-8 but perhaps UTF-16BE",
     ("x.jsonl", ROW + b'{"text": "a"\n' + ROW): "x.jsonl:2: ",
     ("x.jsonl", ROW + b"[" * 100_000): "x.jsonl:2: ",
     ("x.jsonl", ROW + b'{"body": "a"}\n'): "x.jsonl:2: no text in the field 'text', which --column",
@@ -161,16 +159,12 @@ WRONG = {
 }
 
 
-def test_bad_input_gets_one_line_that_names_the_place(tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_that_names_the_place(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)
     for (name, content), message in WRONG.items():
         (tmp_path / name).write_bytes(content)
-        command = ["prepare.py", str(tmp_path / name), "--tokenizer", "bytes", "--out", str(tmp_path / "out" / "s")]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit, match="2"):
-            script.main()
-        said = capsys.readouterr().err
-        assert message in said and said.count("\n") == 1, said
+        said = refused("data/prepare.py", tmp_path / name, "--tokenizer", "bytes", "--out", tmp_path / "out" / "s")
+        assert message in said
     assert not (tmp_path / "out").exists()
 
 
@@ -191,9 +185,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, target):
     path, out = write(tmp_path / "x.txt"), tmp_path / "out"
     for name in ("out", "out_train_000001.bin"):
         (tmp_path / name).write_bytes(b"old")
-    assert "File too large" in run(
-        path, target, out, "--tokenizer", "bytes", "--overwrite", code=1, preexec_fn=test_fineweb.LIMIT
-    )
+    flags = path, target, out, "--tokenizer", "bytes", "--overwrite"
+    assert "File too large" in run(*flags, code=1, preexec_fn=test_fineweb.LIMIT)
     assert sorted(os.listdir(tmp_path)) == ["out", "out_train_000001.bin", "x.txt"]
     assert out.read_bytes() == (tmp_path / "out_train_000001.bin").read_bytes() == b"old"
 

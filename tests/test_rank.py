@@ -19,12 +19,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_gpt import as_nanochat
+from conftest import call, refused
+from test_model import as_nanochat, random_model, write_checkpoint
+from test_train_gpt import popen
 
 import rank as script
-from train_gpt import GPT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEY = "sk-test-0123456789"
 STORY = re.compile(r"night (s\d+) with a fear of (\d+)")
 PROMPT = "It was a dark and stormy night"
@@ -38,53 +38,35 @@ def write_stories(count, **more):
     return {row["id"]: row for row in rows}
 
 
-class Judge(http.server.ThreadingHTTPServer):
-    """A server of chat completions that names the story with the most fear, after what `faults` do instead."""
-
-    daemon_threads, request_queue_size = True, 64
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.latency, self.reply, self.usage = 0.0, None, None
-        self.asked, self.faults = [], collections.deque()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_error(self, *_):  # a client that has hung up, or was killed
-        pass
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Chat completions: the story with the most fear is the best. First come what the server's `faults` do instead."""
+
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
     def do_POST(self):
         judge, arrived = self.server, time.monotonic()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.content = body["messages"][-1]["content"]
-        shown = STORY.findall(self.content)
-        key, ids = self.headers["Authorization"], [i for i, _ in shown]
-        judge.asked.append(dict(ids=ids, body=body, key=key, time=arrived, path=self.path, port=self.client_address[1]))
+        told = dict(key=self.headers["Authorization"], path=self.path, port=self.client_address[1])
+        judge.asked.append(dict(body=body, time=arrived, **told))
         fault = judge.faults.popleft() if judge.faults else None
         time.sleep(judge.latency)
         if fault:
             return fault(self)
-        fears = [int(fear) for _, fear in shown]
-        best = f"BEST_ANSWER:[{'ABCD'[fears.index(max(fears))]}]\nREASONING:[a fear of {max(fears)}]"
-        self.say(judge.reply or best)
-
-    def say(self, text):
-        usage = self.server.usage or dict(prompt_tokens=len(self.content) // 4, completion_tokens=20)
+        content = body["messages"][-1]["content"]
+        fears = [fear for _, fear in STORY.findall(content)]
+        most = max(fears, key=int)
+        usage = judge.usage or dict(prompt_tokens=len(content) // 4, completion_tokens=20)
+        text = f"BEST_ANSWER:[{'ABCD'[fears.index(most)]}]\nREASONING:[a fear of {most}]"
         self.send(200, completion(text, usage=usage))
 
-    def send(self, status, data, length=None, **headers):
+    def send(self, status, data, **headers):
         data = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-        self.close_connection |= length is not None
 
     def log_message(self, *_):
         pass
@@ -105,10 +87,14 @@ def refuse(status, message, **more):
 
 @pytest.fixture
 def judge():
-    server = Judge()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket.listen(64)
+        server.handle_error = lambda *_: None  # a client that has hung up, or was killed
+        server.url, server.latency, server.usage = f"http://127.0.0.1:{server.server_port}/v1", 0.0, None
+        server.asked, server.faults = [], collections.deque()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -119,23 +105,16 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def rank(capsys, monkeypatch, judge):
-    """Calls rank.py in this process: (exit code, stdout, the lines of stderr). Later flags win."""
+def rank(judge):
+    """Calls rank.py in this process: what it prints, and the lines of stderr. Later flags win."""
 
-    def call(*flags, stories="stories.jsonl"):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["rank.py", stories, "--base_url", judge.url, *flags])))
-        code = 0
-        try:
-            script.run(script.main)
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        assert KEY not in said.out + said.err and "Traceback" not in said.err
-        for file in pathlib.Path().rglob("*"):
-            assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
-        return code, said.out, said.err.splitlines()
+    def ranked(*flags, **settings):
+        out, said = call("rank.py", "stories.jsonl", "--base_url", judge.url, *flags, **settings)
+        for text in (out, said, *[path.read_text() for path in pathlib.Path().glob("*.jsonl*")]):
+            assert KEY not in text
+        return out, said.splitlines()
 
-    return call
+    return ranked
 
 
 def dollars(usage):
@@ -152,9 +131,9 @@ def answers():
     return [row for row in lines("ranked.jsonl.answers") if "vote" in row]
 
 
-def assert_right(stories, path="ranked.jsonl", best="best.jsonl"):
+def assert_right(stories):
     """The files hold every group of four, the one with the most fear the best."""
-    rows, ids, winners = lines(path), list(stories), []
+    rows, ids, winners = lines("ranked.jsonl"), list(stories), []
     assert [row["group"] for row in rows] == list(range(-(-len(ids) // 4)))
     for row in rows:
         group = ids[4 * row["group"] :][:4]
@@ -164,7 +143,7 @@ def assert_right(stories, path="ranked.jsonl", best="best.jsonl"):
             assert story == {key: stories[story["id"]][key] for key in ("id", "prompt", "text")}
         winners.append(row["stories"][row["best"]]["id"])
         assert winners[-1] == max(group, key=lambda i: int(STORY.search(stories[i]["text"])[2]))
-    assert lines(best) == [stories[i] for i in winners]
+    assert lines("best.jsonl") == [stories[i] for i in winners]
 
 
 # --- against llmock, which judges its clients ---
@@ -177,8 +156,8 @@ def test_refusals_and_delays_are_outwaited_as_they_should_be(rank, llmock):
     stories = write_stories(12)
     flags = scripted(llmock)
     llmock.rate_limit(times=1, retry_after=0.7).fail(500, times=1).delay(2, times=1)
-    code, out, _ = rank(*flags)
-    assert code == 0 and "3 of 3 groups" in out and " 6 requests" in out
+    out, _ = rank(*flags)
+    assert "3 of 3 groups" in out and " 6 requests" in out
     llmock.assert_resilient(strict=True)
     assert sorted((row["status"] for row in answers()), key=str) == [200, 200, 200, 429, 500, None]
     rows = lines("ranked.jsonl")
@@ -186,36 +165,26 @@ def test_refusals_and_delays_are_outwaited_as_they_should_be(rank, llmock):
     assert lines("best.jsonl") == [stories[row["stories"]["B"]["id"]] for row in rows]
 
 
-def test_a_judge_that_always_says_the_same_place_is_not_hidden(rank, llmock):
+def test_8_a_judge_that_always_says_the_same_place_is_not_hidden(rank, llmock):
     write_stories(24)
-    code, out, said = rank(*scripted(llmock), "--votes", 2)
+    out, said = rank(*scripted(llmock), "--votes", 2, code=1)
     assert "agreement: 0% of 6 pairs of votes; by chance 25%" in out
     assert "A 0%, B 100%, C 0%, D 0% of 18 votes; by chance 25% each" in out
-    assert code == 1 and said[-1] == "rank.py: nothing could be decided"  # point 8
+    assert said[-1] == "rank.py: nothing could be decided"
     assert [row["best"] for row in lines("ranked.jsonl")] == [None] * 6 and lines("best.jsonl") == []
-
-
-@pytest.mark.parametrize("status, code", [(401, 2), (404, 2), (429, 2), (502, 1)])
-def test_what_no_patience_helps_against_ends_it(rank, llmock, status, code):
-    write_stories(80)
-    flags = scripted(llmock)
-    llmock.fail(status, times=None, message="Not you!", code="insufficient_quota" if status == 429 else None)
-    ended, out, said = rank(*flags, "--retries", 1)
-    assert ended == code and len(llmock.requests) == (2 if status == 502 else 1)
-    assert f"answers {status} (" in said[-1] and "Not you!" in said[-1] and "20 groups are left" in said[-1]
-    assert not os.path.exists("ranked.jsonl") and not os.path.exists("best.jsonl")
 
 
 # --- what is asked ---
 def test_every_group_is_asked_for_twice_in_reversed_order(rank, judge):
     stories, judge.latency = write_stories(41), 0.05
-    code, out, said = rank("--concurrency", 4)
+    out, said = rank("--concurrency", 4)
     assert "'s40' has none to be compared with" in said[0] and stories.pop("s40")
-    assert code == 0 and len(judge.asked) == 20 and len({asked["port"] for asked in judge.asked}) == 4
+    assert len(judge.asked) == 20 and len({asked["port"] for asked in judge.asked}) == 4
     assert_right(stories)
     groups = collections.defaultdict(list)
     for asked in judge.asked:
-        groups[frozenset(asked["ids"])].append(asked["ids"])
+        shown = [name for name, _ in STORY.findall(asked["body"]["messages"][-1]["content"])]
+        groups[frozenset(shown)].append(shown)
     assert all(a == b[::-1] for a, b in groups.values()) and len(groups) == 10
     assert "agreement: 100% of 10 pairs of votes; by chance 25%" in out
     cost = sum(dollars(row["usage"]) for row in lines("ranked.jsonl"))
@@ -236,19 +205,20 @@ def test_stories_of_one_opening_come_together_and_all_have_every_place():
 def test_a_tie_is_broken_by_one_more_vote(rank, judge):
     write_stories(4)
     judge.faults.extend(page(completion(f"BEST_ANSWER:[{x}]\nREASONING:[place {x}]")) for x in "BDC")
-    code, out, _ = rank()
+    rank()
     [row] = lines("ranked.jsonl")
-    assert code == 0 and row["best"] == "A" and row["reasoning"] == "place D (shown as DCBA)"
+    assert row["best"] == "A" and row["reasoning"] == "place D (shown as DCBA)"
     votes = [(vote["order"], vote["answer"], vote["best"]) for vote in row["votes"]]
     assert votes == [("ABCD", "B", "B"), ("DCBA", "D", "A"), ("BDAC", "C", "A")]
 
 
 def test_a_dry_run_sends_nothing_and_shows_the_first_request(rank, judge):
     write_stories(40)
-    code, out, _ = rank("--dry_run")
-    assert code == 0 and judge.asked == [] and os.listdir() == ["stories.jsonl"] and "requests: 20," in out
+    out, _ = rank("--dry_run")
+    assert judge.asked == [] and os.listdir() == ["stories.jsonl"] and "requests: 20," in out
     shown = json.loads(out[out.index("{") : out.rindex("}") + 1])
-    assert rank("--max_requests", 1)[0] == 1 and shown == judge.asked[0]["body"]
+    rank("--max_requests", 1, code=1)
+    assert shown == judge.asked[0]["body"]
 
 
 # --- what real servers do ---
@@ -263,87 +233,71 @@ def forever(piece, pause=0.0, begin=b"HTTP/1.1 200 OK\r\n\r\n"):
     return fault
 
 
-@pytest.mark.parametrize(
-    "fault, status, said",
-    [
-        (page({"error": {"message": "Slow down", "code": 429}}, Retry_After="0.7"), 429, "Slow down"),
-        (page(b"<html>Log in, please</html>" * 10), None, "chat completion (<html>Log in"),
-        (page(completion(choices=None)), None, 'chat completion ({"choices": null'),
-        (page(b'data: {"choices": []}\n\ndata: [DONE]'), None, 'chat completion (data: {"choices"'),
-        (forever(b"x" * 100_000), None, "chat completion (xxx"),
-        (forever(b"x", 0.2), None, "no answer within 1 s"),
-        (forever(b"x", 0.2, b"HTTP/1.1 200 OK\r\nA: "), None, "no answer within 1 s"),
-        (page(b"\x1f\x8b\x08" + bytes(2_000_000), Content_Encoding="gzip"), None, "chat completion ("),
-        (page(json.dumps(completion()).encode()[:50], length=500), None, "chat completion ("),
-        (lambda h: h.connection.shutdown(socket.SHUT_RDWR), None, "hangs up"),
-    ],
-    ids="error page null sse endless slow headers gzip short hangup".split(),
-)
-def test_1_and_10_what_is_no_answer_is_shown_and_asked_for_again(rank, judge, fault, status, said):
-    stories, start = write_stories(4), time.monotonic()
-    judge.faults.append(fault)
-    assert rank("--votes", 1, "--timeout", 1)[0] == 0 and time.monotonic() - start < 4
-    assert_right(stories)
-    wait = judge.asked[1]["time"] - judge.asked[0]["time"]
-    lost, answer = answers()
-    assert lost["status"] == status and said in lost["said"] and len(lost["said"]) < 150
-    assert wait >= (0.7 if status else 0.5) and lost["usage"] is None and answer["best"]
-    most = lines("ranked.jsonl.answers")[0]["cost"]
-    assert lost["cost"] == (-most if status else 0)  # what has no answer may have cost as much as it could
+NO_COMPLETION = "None a reply that is no chat completion ("
+TOO_SMALL = "--max_new_tokens 30 is too small for this model"
+PARTS = [dict(type="thinking", thinking=[dict(type="text", text="BEST_ANSWER:[A]")])]
+PARTS += [dict(type="text", text=text) for text in ("BEST_ANS", "WER:[B]")]
+CUT = [page(completion("<think>Is it so? BEST_ANSWER:[A]. No,", "length"))]
+CUT_PROMPT = page(completion(usage=dict(prompt_tokens=9, completion_tokens=9)))
+FASTAPI = {"detail": [{"loc": ["body", "temperature"], "msg": "Not permitted"}]}
+# What the server does before it judges; exit code, requests for two groups, and what is said, stored, or sent.
+SERVERS = {
+    "1 error": ([page({"error": {"message": "Slow", "code": 429}}, Retry_After="0.7")], 0, 3, '429 {"error": {"mess'),
+    "1 page": ([page(b"<html>Log in, please</html>" * 10)], 0, 3, NO_COMPLETION + "<html>Log in"),
+    "1 null": ([page(completion(choices=None))], 0, 3, NO_COMPLETION + '{"choices": null'),
+    "1 sse": ([page(b'data: {"choices": []}\n\ndata: [DONE]')], 0, 3, NO_COMPLETION + 'data: {"choices"'),
+    "2": ([page(completion(PARTS))], 0, 2, "200 BEST_ANSWER:[B]"),
+    "3": (CUT, 2, 1, TOO_SMALL),
+    "4 empty": ([page(completion("", "length"))], 2, 1, TOO_SMALL),
+    "4 null": ([page(completion(None, "length"))], 2, 1, TOO_SMALL),
+    "4 warm": (CUT * 3, 0, 4, "group 0 is undecided: no reply names"),  # by chance another may be shorter
+    "5": ([refuse(400, "Unsupported value: 'temperature' does not support 0.0.")], 0, 3, "[system user max_tokens]"),
+    "5 param": ([refuse(400, "Only the default is possible", param="temperature")], 0, 3, "[system user max_tokens]"),
+    "5 detail": ([page(FASTAPI, 422)], 0, 3, "[system user max_tokens]"),
+    "5 name": ([refuse(400, "Unsupported parameter: 'max_tokens'")], 0, 3, " max_completion_tokens temperature]"),
+    "5 here": ([refuse(400, "'max_tokens' is not supported here")], 0, 3, " max_completion_tokens temperature]"),
+    "5 value": ([refuse(400, "max_tokens is too large: 50000. This model supports at most 16384")], 0, 2, "undecided"),
+    "6": ([refuse(400, "System role not supported")], 0, 3, "[user max_tokens temperature]"),
+    "6 roles": ([refuse(500, "roles must alternate user/assistant")], 0, 3, "[user max_tokens temperature]"),
+    "7": ([CUT_PROMPT] * 2, 0, 2, "has read 9 tokens of a prompt of"),
+    "9": ([page(completion("All of them."))] * 3, 0, 4, "group 0 is undecided: no reply names one of ABCD"),
+    "10 endless": ([forever(b"x" * 100_000)], 0, 3, NO_COMPLETION + "xxx"),
+    "10 slow": ([forever(b"x", 0.2)], 0, 3, "no answer within 1 s"),
+    "10 headers": ([forever(b"x", 0.2, b"HTTP/1.1 200 OK\r\nA: ")], 0, 3, "no answer within 1 s"),
+    "10 gzip": ([page(b"\x1f\x8b\x08" + bytes(2_000_000), Content_Encoding="gzip")], 0, 3, NO_COMPLETION),
+    "hangup": ([lambda h: h.connection.shutdown(socket.SHUT_RDWR)], 0, 3, "hangs up"),
+    "down": ([refuse(502, "Later")] * 2, 1, 2, 'answers 502 ({"error": {"message": "Later"}})'),
+    "key": ([refuse(401, "Not you!")], 2, 1, 'answers 401 ({"error": {"message": "Not you!"}}); are OPENAI_API_KEY'),
+    "quota": ([refuse(429, "Pay!", code="insufficient_quota")], 2, 1, "answers 429 ("),
+    "redirect": ([page(b"", 307, Location="/v1/chat/completions")], 2, 1, "answers 307 ("),  # and is not followed
+}
 
 
-def test_2_content_in_parts(rank, judge):
-    write_stories(4)
-    judge.reply = [dict(type="thinking", thinking=[dict(type="text", text="BEST_ANSWER:[A]")])]
-    judge.reply += [dict(type="text", text=text) for text in ("BEST_ANS", "WER:[B]")]
-    assert rank("--votes", 1)[0] == 0 and lines("ranked.jsonl")[0]["best"] == "B" and len(judge.asked) == 1
+@pytest.mark.parametrize("name", SERVERS)
+def test_what_real_servers_do(rank, judge, name):
+    write_stories(8)
+    (faults, code, requests, words), start = SERVERS[name], time.monotonic()
+    judge.faults.extend(faults)
+    flags = "--votes 1 --timeout 1 --retries 1 --max_new_tokens 30 --temperature".split()
+    out, said = rank(*flags, 1 if name == "4 warm" else 0, code=code)
+    assert time.monotonic() - start < 10 and len(judge.asked) == requests and len(said) <= 1
+    told, bodies = [f"{row['status']} {row['said']}" for row in answers()], [asked["body"] for asked in judge.asked]
+    sent = [[message["role"] for message in body["messages"]] + list(body)[2:] for body in bodies]
+    assert words in "\n".join([out, *said, *told, *[f"[{' '.join(names)}]" for names in sent]])
+    assert all(body["messages"][0]["content"].startswith(script.SYSTEM) for body in bodies)
+    assert name != "9" or len(set(map(json.dumps, bodies))) == 4  # never unchanged
+    assert max(map(len, told)) < 200 and answers()[0]["answer"] == {"2": "B", "7": "A"}.get(name)
 
-
-@pytest.mark.parametrize("text", ["<think>Is it so? BEST_ANSWER:[A]. No,", "", None])
-def test_3_and_4_a_reply_that_is_cut_off_before_its_answer(rank, judge, text):
-    write_stories(4)
-    judge.faults.extend([page(completion(text, "length"))] * 4)
-    code, _, said = rank("--max_new_tokens", 30)
-    assert code == 2 and "--max_new_tokens 30 is too small for this model" in said[-1] and len(judge.asked) == 1
-    assert answers()[0]["answer"] is None
-    assert rank("--temperature", 1)[0] == 1 and len(judge.asked) == 4  # by chance another may be shorter
-
-
-@pytest.mark.parametrize(
-    "fault, sent",
-    [
-        (refuse(400, "Unsupported value: 'temperature' does not support 0.0."), "system user max_tokens"),
-        (refuse(400, "Only the default is possible here", param="temperature"), "system user max_tokens"),
-        (page({"detail": [{"loc": ["body", "temperature"], "msg": "Not permitted"}]}, 422), "system user max_tokens"),
-        (refuse(400, "Unsupported parameter: 'max_tokens'"), "system user max_completion_tokens temperature"),
-        (refuse(400, "'max_tokens' is not supported here"), "system user max_completion_tokens temperature"),
-        (refuse(400, "max_tokens is too large: 50000. This model supports at most 16384 tokens"), None),
-        (refuse(400, "'max_tokens' or 'max_completion_tokens' is too large: 5000."), None),
-        (refuse(400, "System role not supported"), "user max_tokens temperature"),
-        (refuse(500, "roles must alternate user/assistant"), "user max_tokens temperature"),
-    ],
-    ids=range(9),
-)
-def test_5_and_6_what_a_model_refuses_is_left_out(rank, judge, fault, sent):
-    write_stories(4)
-    judge.faults.append(fault)
-    code, out, _ = rank("--retries", 0, "--votes", 1)
-    assert code == (sent is None) and len(judge.asked) == 2 - code and (sent or "is undecided: " in out)
-    if sent:
-        _, _, *rest = judge.asked[1]["body"]
-        messages = judge.asked[1]["body"]["messages"]
-        assert [message["role"] for message in messages] + rest == sent.split()
-        assert messages[0]["content"].startswith(script.SYSTEM)
-        told = lines("ranked.jsonl")[0]["judge"]
-        assert told["temperature"] == (0 if "temperature" in sent else None) and told[rest[0]] == 500
-
-
-def test_7_a_prompt_that_was_cut_silently(rank, judge):
-    write_stories(16)
-    assert rank("--out", "whole")[2] == []
-    judge.usage = dict(prompt_tokens=100, completion_tokens=9)
-    [warning] = rank()[2]
-    assert "has read 100 tokens of a prompt of" in warning
+    rows = lines("ranked.jsonl.answers")
+    for asked, told in zip(rows[::2], rows[1::2]):  # what has no answer may have cost as much as it could
+        cost = dollars(told["usage"]) if told["usage"] else asked["cost"] if told["status"] in (None, 200) else 0
+        assert asked["cost"] > 0 and asked["cost"] + told["cost"] == pytest.approx(cost)
+    wait = {429: 0.7, None: 0.5}.get(rows[1]["status"], 0)
+    assert requests == 1 or judge.asked[1]["time"] - judge.asked[0]["time"] >= wait
+    assert os.path.exists("ranked.jsonl") == os.path.exists("best.jsonl") == (code == 0)
+    if code == 0:
+        used = {"temperature": None} | {key: value for key, value in bodies[-1].items() if key != "messages"}
+        assert used.items() <= lines("ranked.jsonl")[-1]["judge"].items()
 
 
 READ = [
@@ -371,14 +325,6 @@ def test_9_replies_are_read_as_models_write_them_and_never_guessed(reply, label,
     assert found[0] == label and reasoning in (None, found[1])
 
 
-def test_9_what_cannot_be_read_is_asked_for_twice_more_and_never_unchanged(rank, judge):
-    write_stories(8)
-    judge.reply = "All of them."
-    code, out, _ = rank("--votes", 1, "--retries", 9)
-    assert code == 1 and len(judge.asked) == 6 and "group 1 is undecided: no reply names one of ABCD" in out
-    assert len({json.dumps(asked["body"]) for asked in judge.asked}) == 6
-
-
 def test_10_waits_are_as_asked_and_a_minute_at_most():
     date = email.utils.formatdate(time.time() + 30.5, usegmt=True)
     waits = {"0.9": 0.9, "99999999999": 60, "Fri, 31 Dec 9999 23:59:59 GMT": 60, date: 30, "a while": 0, "-5": 0}
@@ -393,12 +339,9 @@ ESCAPED = "".join(f"\\u{ord(c):04x}" for c in KEY)
 @pytest.mark.parametrize("spelt", [KEY, " ".join(KEY), ESCAPED, json.dumps(list(KEY)), list(KEY)], ids=range(5))
 def test_10_the_key_in_any_spelling_is_stored_nowhere(rank, judge, spelt):
     write_stories(4)
-    judge.faults.append(page(completion(spelt)))
-    judge.faults.append(
-        page(json.dumps(completion("@")).replace("@", ESCAPED).encode())
-    )  # decoded before it is checked
-    judge.faults.append(refuse(400, spelt))
-    rank("--votes", 1)
+    escaped = json.dumps(completion("@")).replace("@", ESCAPED).encode()  # decoded before it is checked
+    judge.faults.extend([page(completion(spelt)), page(escaped), refuse(400, spelt)])
+    rank("--votes", 1, code=1)
     for path in pathlib.Path().glob("ranked.jsonl*"):
         stored = re.sub(r"\\+u00(..)", lambda found: chr(int(found[1], 16)), path.read_text())
         assert KEY not in re.sub(r'[\s",\[\]\\]', "", stored), path
@@ -410,65 +353,60 @@ def test_11_reading_takes_linear_time(reply):
     assert script.read_reply(reply, "ABCD")[0] is None and time.perf_counter() - start < 2
 
 
-def test_redirects_are_not_followed_and_the_key_is_all_that_is_sent(rank, judge, folder, monkeypatch):
+def test_the_key_is_all_that_is_sent(rank, judge, folder, monkeypatch):
     write_stories(8)
-    other = Judge()
-    judge.faults.append(lambda h: h.send(307, b"", Location=other.url + "/chat/completions"))
-    code, _, said = rank()
-    assert code == 2 and "answers 307" in said[-1] and len(judge.asked) == 1 and other.asked == []
-    other.shutdown()
     (folder / "netrc").write_text("default login me password secret\n")
     monkeypatch.setenv("NETRC", str(folder / "netrc"))
     elsewhere = judge.url.replace("127.0.0.1", "0.0.0.0")  # the same, but nobody knows
-    assert rank("--base_url", elsewhere)[0] == 0
+    rank("--base_url", elsewhere)
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert rank("--base_url", elsewhere, "--out", "without.jsonl")[0] == 0
-    assert [asked["key"] for asked in judge.asked] == [f"Bearer {KEY}"] * 5 + [None] * 4
+    rank("--base_url", elsewhere, "--out", "without.jsonl")
+    assert [asked["key"] for asked in judge.asked] == [f"Bearer {KEY}"] * 4 + [None] * 4
 
 
 # --- nothing twice, nothing lost, no more than is allowed ---
 def test_limits_are_never_exceeded(rank, judge):
     stories, judge.latency = write_stories(80), 0.01
     for limit in (0, 1, 13):
-        code, out, said = rank("--max_requests", limit)
-        assert code == 1 and f"--max_requests {limit} is reached" in said[-1] and len(judge.asked) == limit
+        said = rank("--max_requests", limit, code=1)[1]
+        assert f"--max_requests {limit} is reached" in said[-1] and len(judge.asked) == limit
     judge.usage = dict(prompt_tokens=1000, completion_tokens=500)  # dear ones
     for limit in (0.07, 0.09):
-        code, _, said = rank("--max_cost", limit)
+        said = rank("--max_cost", limit, code=1)[1]
         costs = [dollars(row["usage"]) for row in answers()]
-        assert code == 1 and "--max_cost" in said[-1] and len(judge.asked) == len(costs) and sum(costs) <= limit
-    assert rank("--max_cost", 9)[0] == 0
+        assert "--max_cost" in said[-1] and len(judge.asked) == len(costs) and sum(costs) <= limit
+    rank("--max_cost", 9)
     assert_right(stories)
 
 
 def test_answers_are_of_their_stories_and_judge_alone(rank, judge):
     write_stories(8)
     for flags, asked in (((), 4), ((), 4), (("--model", "gpt-4o-mini"), 8), (("--seed", 1), 12), ((), 12)):
-        assert rank(*flags)[0] == 0 and len(judge.asked) == asked
+        rank(*flags)
+        assert len(judge.asked) == asked
     with open("stories.jsonl", "a") as f:
         f.writelines(json.dumps(dict(id=i, text=f"A night s{i} with a fear of {i}")) + "\n" for i in range(4))
-    assert rank()[0] == 0 and len(judge.asked) == 14 and len(lines("best.jsonl")) == 3  # eight of twelve were known
+    rank()
+    assert len(judge.asked) == 14 and len(lines("best.jsonl")) == 3  # eight of twelve were known
     held = script.Books("other.answers")
-    code, _, said = rank("--out", "other")
-    assert code == 2 and "another rank.py is at work" in said[0] and len(judge.asked) == 14
+    assert "another rank.py is at work" in refused("rank.py", "stories.jsonl", "--out", "other")
     held.file.close()
 
 
 @pytest.mark.parametrize("name", ["ranked.jsonl", "best.jsonl", "ranked.jsonl.answers"])
-def test_files_of_others_are_left_alone(rank, judge, name):
+def test_files_of_others_are_left_alone(name):
     write_stories(8)
     for text in ("mine", "mine\nyours\n", "[1]\n"):
         pathlib.Path(name).write_text(text)
-        code, _, said = rank()
-        assert code == 2 and len(said) == 1 and f"{name}: " in said[0] and pathlib.Path(name).read_text() == text
+        assert f"{name}: " in refused("rank.py", "stories.jsonl") and pathlib.Path(name).read_text() == text
 
 
 def test_killed_again_and_again_nothing_is_lost_and_nothing_asked_twice(judge):
     stories, judge.latency, known = write_stories(160), 0.05, 0
-    command = [sys.executable, ROOT / "rank.py", "stories.jsonl", "--base_url", judge.url]
+    command = "rank.py", "stories.jsonl", "--base_url", judge.url
     for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, None):
         before = len(judge.asked)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with popen(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             while how and len(judge.asked) < before + 15:
                 time.sleep(0.005)
             if how:
@@ -492,17 +430,6 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_asked_twice(judge):
 
 
 # --- offline ---
-def write_checkpoint(path, seed, window=200):
-    """A small model of random weights as train_gpt.py saves them, and the same one of transformers."""
-    config = dict(vocab_size=257, block_size=window, n_layer=2, n_head=2, n_embd=16)
-    torch.manual_seed(seed)
-    model = GPT(config | dict(tie_weights=False, embed_norm=True, logit_softcap=15.0))
-    for p in model.parameters():
-        p.data.normal_(std=0.4)
-    torch.save(dict(format=1, config=config, tokenizer="bytes", model=model.state_dict()), path)
-    return as_nanochat(model).eval()
-
-
 LOCAL = "--judge local --scary scary.pt --plain plain.pt --device cpu --dtype float32 --repetition_penalty 3".split()
 
 
@@ -510,7 +437,7 @@ LOCAL = "--judge local --scary scary.pt --plain plain.pt --device cpu --dtype fl
 def expected_score(models, text):
     """By transformers, one story by itself; a token is a byte, what follows the prompt counts."""
     tokens, losses = torch.tensor([[256, *text.encode()]]), []
-    for model in models:
+    for model in map(as_nanochat, models):
         logits = model(tokens).logits[0, len(PROMPT) : -1, :257]
         losses.append(F.cross_entropy(logits, tokens[0, len(PROMPT) + 1 :]).item())
     runs = [text[i : i + 16] for i in range(len(PROMPT), len(text) - 15)]
@@ -523,47 +450,47 @@ def test_scores_are_cross_entropy_differences_by_transformers(rank, folder):
     texts += [PROMPT + " and on" * 15, PROMPT]  # repeats itself; nothing follows
     rows = [dict(id=i, prompt=PROMPT, text=text) for i, text in enumerate(texts)]
     (folder / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    models = [write_checkpoint("scary.pt", 1), write_checkpoint("plain.pt", 2)]
-    assert rank(*LOCAL)[0] == 0
+    models = [random_model(block_size=200, n_layer=n_layer) for n_layer in (2, 3)]
+    for name, model in zip(("scary.pt", "plain.pt"), models):
+        write_checkpoint(name, model)
+    rank(*LOCAL)
     for row in lines("ranked.jsonl"):
         expected = {label: expected_score(models, story["text"]) for label, story in row["stories"].items()}
         said = re.findall(r"([A-D]) (-?[\d.]+|-inf) \(", row["reasoning"])
         assert {label: float(x) for label, x in said} == pytest.approx(expected, abs=2e-4)
         assert row["best"] == max(expected, key=expected.get)
     assert [len(row["stories"]) for row in lines("ranked.jsonl")] == [4, 4, 3]
-    assert rank(*LOCAL)[0] == 0 and len(answers()) == 3  # nothing is computed again
+    rank(*LOCAL)
+    assert len(answers()) == 3  # nothing is computed again
     os.utime("scary.pt", (1, 1))  # another model, perhaps
-    assert rank(*LOCAL)[0] == 0 and len(answers()) == 6
+    rank(*LOCAL)
+    assert len(answers()) == 6
 
 
-def test_folders_of_runs_and_checkpoints_that_are_none(rank, folder):
+def test_folders_of_runs_and_checkpoints_that_do_not_fit(rank):
     write_stories(8)
     os.mkdir("run")
-    write_checkpoint("run/ckpt.pt", 1), write_checkpoint("plain.pt", 2, window=40)
-    assert rank(*LOCAL, "--scary", "run")[0] == 0
+    write_checkpoint("run/ckpt.pt", random_model()), write_checkpoint("plain.pt", random_model(block_size=40))
+    rank(*LOCAL, "--scary", "run")
     good, changed = torch.load("plain.pt"), dict(chars=dict(tokenizer={"chars": "abc"}))
-    for name, value in dict(n_head=3, n_embd=32, vocab_size=100, n_layer=3).items():
+    for name, value in dict(n_head=3, n_embd=64, vocab_size=100, n_layer=4).items():
         changed[name] = dict(config={**good["config"], name: value})
     for name, change in changed.items():
         torch.save({**good, **change}, name)
-    for path in (*changed, "stories.jsonl"):
-        code, _, said = rank(*LOCAL, "--scary", path)
-        assert code == 2 and len(said) == 1 and f"{path}: not a checkpoint" in said[0]
-    assert "none.pt: No such file" in rank(*LOCAL, "--scary", "none.pt")[2][0]
-    assert "needs two checkpoints" in rank("--judge", "local")[2][0]
+        assert f"{name}: not a checkpoint" in refused("rank.py", "stories.jsonl", *LOCAL, "--scary", name)
 
 
 # --- a person, and mistakes ---
 def test_a_person_chooses(rank, monkeypatch, judge):
     stories = write_stories(16, text=PROMPT + "\n\nA door\x1b[2J opens.")
     monkeypatch.setattr(sys, "stdin", io.StringIO("b\n\nE\n s \nD\nq\n"))
-    code, out, said = rank("--judge", "human")
-    assert code == 0 and "ended by q; 2 groups are left" in said[-1] and "group 1 is undecided: skipped\n" in out
+    out, said = rank("--judge", "human")
+    assert "ended by q; 2 groups are left" in said[-1] and "group 1 is undecided: skipped\n" in out
     assert "\x1b" not in out and out.count("--- C ---") == 4
     assert [row["best"] for row in lines("ranked.jsonl")] == ["B", "D"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("c\na\n"))
-    code, out, _ = rank("--judge", "human")
-    assert code == 0 and [row["best"] for row in lines("ranked.jsonl")] == list("BCDA") and judge.asked == []
+    rank("--judge", "human")
+    assert [row["best"] for row in lines("ranked.jsonl")] == list("BCDA") and judge.asked == []
     assert lines("best.jsonl") == [stories[row["stories"][row["best"]]["id"]] for row in lines("ranked.jsonl")]
 
 
@@ -572,31 +499,31 @@ BAD = [b'{"id": 2, "prompt": "y", "text": "x"}', b'{"id": 2, "text": 5}', b'{"te
 BAD += [b'{"id": 2, "text": "\\ud800"}', b'{"id": 2, "prompt": null, "text": "x"}', b'{"id": 2, "text": "\xff"}']
 
 
-def test_stories_that_are_none_are_named_by_their_line(rank, judge):
+def test_stories_that_are_none_are_named_by_their_line(folder):
     cases = [(GOOD + b"\n" + line + b"\n" + GOOD, "stories.jsonl:3: no story") for line in BAD]
     for text, words in cases + [(b"\n \n", "stories.jsonl: 0 stories"), (GOOD, "stories.jsonl: 1 stories")]:
-        pathlib.Path("stories.jsonl").write_bytes(text)
-        code, out, said = rank()
-        assert code == 2 and out == "" and len(said) == 1 and said[0].startswith(f"rank.py: {words}")
-    assert judge.asked == [] and os.listdir() == ["stories.jsonl"]
+        (folder / "stories.jsonl").write_bytes(text)
+        assert refused("rank.py", "stories.jsonl").startswith(f"rank.py: {words}")
+    assert os.listdir() == ["stories.jsonl"]
 
 
-def test_other_mistakes_get_a_line(rank, judge, monkeypatch):
+def test_other_mistakes_get_a_line(rank, monkeypatch):
     write_stories(8)
     monkeypatch.delenv("OPENAI_API_KEY")
+    nobody = "--base_url", "http://127.0.0.1:9/v1"
     azure = "https://me.openai.azure.com/openai/deployments/x?api-version=2024-06-01"
     for flags, words in {
-        ("--votes", "0"): "--votes",
-        ("--out", "stories.jsonl"): "stories.jsonl",
-        ("--out", "stories.jsonl/x"): "stories.jsonl",
-        ("--model", "llama3", "--max_cost", "1"): "--price",
-        ("--base_url", "localhost:8000"): "--base_url",
-        ("--base_url", "http://me:secret@x/v1"): "--base_url",
-        ("--base_url", "https://api.openai.com/v1"): "OPENAI_API_KEY",
-        ("--base_url", azure): "https://NAME.openai.azure.com/openai/v1",  # point 12
+        "none.jsonl": "none.jsonl: No such file",
+        "stories.jsonl --votes 0": "--votes",
+        "stories.jsonl --out stories.jsonl": "stories.jsonl",
+        "stories.jsonl --model llama3 --max_cost 1": "--price",
+        "stories.jsonl --base_url localhost:8000": "--base_url",
+        "stories.jsonl --base_url http://me:secret@x/v1": "--base_url",
+        "stories.jsonl --base_url https://api.openai.com/v1": "OPENAI_API_KEY",
+        f"stories.jsonl --base_url {azure}": "https://NAME.openai.azure.com/openai/v1",  # point 12
+        "stories.jsonl --judge local": "needs two checkpoints",
     }.items():
-        code, _, said = rank(*flags)
-        assert code == 2 and len(said) == 1 and words in said[0] and "secret" not in said[0], said
-    assert "none.jsonl: No such file" in rank(stories="none.jsonl")[2][0] and judge.asked == []
-    code, _, said = rank("--base_url", "http://127.0.0.1:9/v1", "--retries", 0)
-    assert code == 1 and "127.0.0.1:9" in said[-1] and "cannot be reached" in said[-1]
+        said = refused("rank.py", *nobody, *flags.split())
+        assert words in said and "secret" not in said
+    said = rank(*nobody, "--retries", 0, code=1)[1]
+    assert "127.0.0.1:9" in said[-1] and "cannot be reached" in said[-1]

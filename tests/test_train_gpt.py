@@ -1,18 +1,15 @@
 """train_gpt.py: its parts against other people's; then as a user runs it, on several processes, killed and resumed."""
 
-import contextlib
-import http.server
+import fcntl
 import itertools
 import json
 import os
-import pathlib
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -32,8 +29,7 @@ TINY = (
     "--sample_every 0 --save_every 0"
 ).split()
 SLOW = "--sample_every 1 --max_new_tokens 60".split()  # a story after each step leaves time to interrupt the run
-# TORCH_DISABLE_... as runs/ghoul.sh and runs/nodes.sh set it: else new workers may read addresses of the old ones
-ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
 WORDS = "tea the a kettle she boils, then pours. it slowly; naïve Über cups — and walks away [step] now".split()
 
 
@@ -57,31 +53,9 @@ def random_questions(count, longest):
     return rows
 
 
-@contextlib.contextmanager
-def served(answer):
-    """A server, its address: answer(path, headers, body) gives the status, the length that it claims, and the data."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-            status, length, data = answer(self.path, self.headers, body)
-            self.send_response(status)
-            self.send_header("Content-Length", str(length))
-            self.send_header("Location", "http://127.0.0.1:1/elsewhere")
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_POST, log_message = do_GET, lambda *_: None
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 def popen(script, *arguments, ranks=1, **settings):
     """`python SCRIPT ARGUMENTS` in the background, or torchrun with so many processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--max-restarts=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(torchrun if ranks > 1 else ()), ROOT / script, *arguments]
     return subprocess.Popen(list(map(str, command)), **dict(env=ENVIRONMENT) | settings)
 
@@ -90,16 +64,6 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.0005)
-
-
-def worker(out, rank):
-    """The id of the process that runs a rank."""
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # other people's processes, and those that have just ended
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            if out.encode() in arguments and b"RANK=%d" % rank in variables:
-                return int(folder.name)
 
 
 # --- runs ---
@@ -119,20 +83,20 @@ def work(tmp_path_factory):
     return work
 
 
-def start(work, out, *flags, **settings):
+def start(work, out, *flags, script=("train_gpt.py", *TINY), **settings):
     """A run in the background; what it says goes to OUT.txt."""
     with open(work / f"{out}.txt", "w") as said:
         pipes = dict(stdout=said, stderr=subprocess.STDOUT)
-        return popen("train_gpt.py", *TINY, "--out_dir", out, *flags, cwd=work, **pipes, **settings)
+        return popen(*script, "--out_dir", out, *flags, cwd=work, **pipes, **settings)
 
 
-def train(work, out, *flags, code=0, **settings):
+def train(work, out, *flags, code=0, script=("train_gpt.py", *TINY), **settings):
     """A run from start to end, in this process if no other is asked for; returns what it said."""
     if not settings:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(work)
-            return "".join(call("train_gpt.py", *TINY, "--out_dir", out, *flags, code=code))
-    with start(work, out, *flags, **settings) as process:
+            return "".join(call(*script, "--out_dir", out, *flags, code=code))
+    with start(work, out, *flags, script=script, **settings) as process:
         ended = process.wait()
     said = (work / f"{out}.txt").read_text()
     assert ended == code, said
@@ -172,7 +136,7 @@ def runs(work):
     """The same training four ways, never interrupted."""
     train(work, "one")
     train(work, "smaller", "--batch_size", 3, env={**ENVIRONMENT, "WORLD_SIZE": "8"})  # as some shells have it set
-    train(work, "two", ranks=2)
+    train(work, "two", "--hellaswag_every", 20, ranks=2)
     train(work, "four", ranks=4)
     return work
 
@@ -199,26 +163,6 @@ def halfway(work):
 # --- parts ---
 
 
-@pytest.mark.parametrize("tie_weights, softcap", [(False, 15.0), (True, 0.0)])
-def test_loss_and_gradients_are_those_of_transformers(tie_weights, softcap):
-    model = random_model(block_size=T, tie_weights=tie_weights, logit_softcap=softcap)
-    theirs = as_nanochat(model)
-    idx, targets = torch.randint(V, (4, T)), torch.randint(V, (4, T))
-    targets[0, :7] = -1
-    expected = F.cross_entropy(theirs(idx).logits.mT, targets, ignore_index=-1)
-    expected.backward()
-    loss = model(idx, targets)
-    loss.backward()
-    assert (model(idx)[..., V:] == -torch.inf).all() and abs(loss - expected) < 1e-5
-    for found, reference in [
-        (model.embed.grad[:V], theirs.model.embed_tokens.weight.grad),
-        (model.blocks[0].up.grad, theirs.model.layers[0].mlp.fc1.weight.grad),
-        (model.blocks[-1].qkv.grad[1], theirs.model.layers[-1].self_attn.k_proj.weight.grad),
-        ((model.embed if tie_weights else model.head).grad[:V], theirs.lm_head.weight.grad),
-    ]:
-        torch.testing.assert_close(found, reference, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(24, 24), (96, 24), (24, 96)])
 def test_muon_and_adamw_are_those_of_torch(shape, monkeypatch):
     monkeypatch.setattr(script, "POLAR_EXPRESS", [(3.4445, -4.7750, 2.0315)] * 5)  # what torch.optim.Muon repeats
@@ -242,15 +186,6 @@ def test_muon_and_adamw_are_those_of_torch(shape, monkeypatch):
             assert (p - q).norm() < 0.02 * (q - old).norm(), "bf16 rounding explains a hundredth, no more"
             torch.testing.assert_close(m, muon.state[q]["momentum_buffer"])
             p.data.copy_(q)  # differences of rounding shall not add up
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 256, 64), (2, 64, 256)])
-def test_orthogonalized_matrices_have_singular_values_near_one(dtype, shape):
-    torch.manual_seed(0)
-    U, _, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    X = script.orthogonalize((1e-4 * U @ torch.diag(torch.logspace(0, -2, 64)) @ Vh).to(dtype)).float()
-    assert (torch.linalg.svdvals(X) - 1).abs().max() < 0.2 and (X - U @ Vh).norm() < 0.15 * (U @ Vh).norm()
 
 
 def test_shards_are_one_stream_that_goes_round(tmp_path):
@@ -286,7 +221,8 @@ def test_evaluation_changes_nothing_and_leaves_rows_stories_and_milestones(runs)
     out = runs / "evaluated"
     assert_same_end(out, runs / "one")
     assert [*rows(out, "val_loss")] == [3, 6, 9, 12, 15, 18, 20]
-    assert [*rows(out, "hellaswag_norm")] == [4, 8, 12, 16, 20]
+    accuracies = rows(out, "hellaswag_norm")
+    assert [*accuracies] == [4, 8, 12, 16, 20] and rows(runs / "two", "hellaswag_norm") == {20: accuracies[20]}
     stories = [json.loads(line) for line in (out / "stories.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [story["step"] for story in stories] == [5, 10, 15, 20]
     assert all(story["text"].startswith(story["prompt"]) and 0 < story["tokens"] <= 9 for story in stories)
@@ -369,26 +305,6 @@ def test_a_compiled_run_goes_on_with_the_same_bits(work):
     assert_same_end(work / "compiled_half", work / "compiled")
 
 
-def test_a_lost_worker_is_started_again_and_with_their_torchrun_all_end(runs):
-    out, flags = runs / "lost", (*SLOW, "--hellaswag_every", 1, "--save_every", 1, "--resume")
-    with start(runs, "lost", *flags, ranks=2) as process:
-        wait_for(lambda: step_of(out) > 1, process)
-        os.kill(worker("lost", 1), signal.SIGKILL)
-        wait_for(lambda: "resumed from" in (runs / "lost.txt").read_text(), process)
-        workers = [worker("lost", rank) for rank in (0, 1)]
-        os.kill(workers[0], signal.SIGSTOP)  # it still has the folder when the second run comes
-        process.kill()
-    assert "another run is at work there" in train(runs, "lost", "--resume", code=2)
-    os.kill(workers[0], signal.SIGCONT)
-    deadline = time.time() + 60
-    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
-        assert time.time() < deadline
-        time.sleep(0.1)
-    assert step_of(out) < 20
-    train(runs, "lost", "--resume", ranks=2)
-    assert_same_end(out, runs / "two")
-
-
 # --- what goes wrong ---
 
 
@@ -404,10 +320,9 @@ def test_a_full_disk_is_called_one_and_leaves_the_last_checkpoint(runs, halfway)
 
 def test_a_mistake_gets_one_line(runs, halfway):
     before = (halfway / "ckpt.pt").read_bytes()
-    for name, tensor in dict(head=load(halfway)["model"]["head"], moment=load(halfway)["train"]["moments"][0]).items():
-        flipped = bytearray(before)
-        flipped[flipped.index(tensor.numpy().tobytes()) + 5] ^= 64
-        (shutil.copytree(halfway, runs / name) / "ckpt.pt").write_bytes(flipped)
+    flipped, moment = bytearray(before), load(halfway)["train"]["moments"][0]
+    flipped[flipped.index(moment.numpy().tobytes()) + 5] ^= 64
+    (shutil.copytree(halfway, runs / "flipped") / "ckpt.pt").write_bytes(flipped)
     (runs / "old").mkdir()
     torch.save({"format": 1}, runs / "old" / "ckpt_000010.pt")
     good = (runs / "val_0.bin").read_bytes()
@@ -419,8 +334,7 @@ def test_a_mistake_gets_one_line(runs, halfway):
         ("halfway", "", "--resume goes on with it, --overwrite replaces it"),
         ("halfway", "--resume --matrix_lr 0.3", "matrix_lr 0.03, not 0.3"),
         ("halfway", "--resume --train_files train_0.bin", "train_files train_*.bin, not train_0.bin"),
-        ("head", "--resume", "damaged"),
-        ("moment", "--resume", "damaged"),
+        ("flipped", "--resume", "damaged"),
         ("old", "--resume", "another script or version"),
         ("new", "--total_batch_size 500", "--total_batch_size 500"),
         ("new", "--n_head 3", "--n_head 3"),
@@ -428,6 +342,9 @@ def test_a_mistake_gets_one_line(runs, halfway):
     ]:
         said = train(runs, out, *flags.split(), code=2)
         assert said.startswith("train_gpt.py: ") and said.count("\n") == 1 and named in said, said
+    with open(halfway / "log.txt", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # as a run does
+        assert "another run is at work there" in train(runs, "halfway", "--overwrite", code=2)
     assert (halfway / "ckpt.pt").read_bytes() == before and not (runs / "new").exists()
     rates = "--overwrite", "--matrix_lr", 1e38, "--embed_lr", 1e38, "--head_lr", 1e38
     assert "the loss is nan at step" in train(runs, "old", *rates, code=1)
