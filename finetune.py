@@ -134,15 +134,23 @@ def get_device(device, dtype):
 
 
 # --- encoding, the same in every script (tests/test_copies.py) ---
-def get_tokenizer(name):
-    """The tiktoken.Encoding of a checkpoint's "tokenizer". bytes: token i is byte i, 256 is <|endoftext|>."""
-    if name == "gpt2":
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's, into words
+
+
+def get_tokenizer(spec):
+    """The tiktoken.Encoding of a checkpoint's "tokenizer"; <|endoftext|> is its last token.
+
+    spec: "gpt2", "bytes", whose token i is byte i, or {"bpe": the tokens, byte i of them as chr(i)}.
+    """
+    if spec == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    tokens = [chr(i) for i in range(256)] if spec == "bytes" else spec["bpe"]
+    ranks, special = {token.encode("latin-1"): i for i, token in enumerate(tokens)}, {"<|endoftext|>": len(tokens)}
+    name = "bytes" if spec == "bytes" else "bpe"
+    return tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --- trained model, the same in every script (tests/test_copies.py) ---

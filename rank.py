@@ -369,18 +369,27 @@ def ask(flags, session, books, key, group):
     return None if winner(votes) else "votes split"
 
 
-# --- the judge of two checkpoints ---
-def get_tokenizer(name):
-    """The tiktoken.Encoding of a checkpoint's "tokenizer". bytes: token i is byte i, 256 is <|endoftext|>."""
-    if name == "gpt2":
+# --- encoding, the same in every script (tests/test_copies.py) ---
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's, into words
+
+
+def get_tokenizer(spec):
+    """The tiktoken.Encoding of a checkpoint's "tokenizer"; <|endoftext|> is its last token.
+
+    spec: "gpt2", "bytes", whose token i is byte i, or {"bpe": the tokens, byte i of them as chr(i)}.
+    """
+    if spec == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    tokens = [chr(i) for i in range(256)] if spec == "bytes" else spec["bpe"]
+    ranks, special = {token.encode("latin-1"): i for i, token in enumerate(tokens)}, {"<|endoftext|>": len(tokens)}
+    name = "bytes" if spec == "bytes" else "bpe"
+    return tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
+# --- the judge of two checkpoints ---
 def load_judges(flags):
     """The models of --scary and --plain, [(config, weights), ...], and their tokenizer; executes nothing of them."""
     if not flags.scary or not flags.plain:
@@ -396,7 +405,7 @@ def load_judges(flags):
             config, name = checkpoint["config"], checkpoint["tokenizer"]
             weights = {key: weight.to(device, dtype).flatten(0, -2) for key, weight in checkpoint["model"].items()}
             weights.setdefault("head", weights["embed"])  # tied
-            assert len(weights["embed"]) >= config["vocab_size"] >= {"gpt2": 50257, "bytes": 257}[name]
+            assert len(weights["embed"]) >= config["vocab_size"] == get_tokenizer(name).n_vocab
             mean_losses((config, weights), [([0], [256])])  # shows what does not fit together
         except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
             raise
@@ -450,7 +459,7 @@ def score(flags, models, tokenizer, stories):
     is likelier under --scary than under --plain, less --repetition_penalty times the repetition.
     """
     window, rows, repeated = min(config["block_size"] for config, _ in models), [], []
-    n = 4 if tokenizer.name == "gpt2" else 16
+    n = 16 if tokenizer.name == "bytes" else 4
     for story in stories:
         prompt, text = story["prompt"], story["text"][len(story["prompt"]) :]
         context = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)][-max(1, window // 2) :]

@@ -101,17 +101,19 @@ def get_device(device, dtype):
 
 
 def get_tokenizer(spec):
-    """The tiktoken.Encoding of a checkpoint's "tokenizer". bytes: token i is byte i, 256 is <|endoftext|>."""
+    """The tiktoken.Encoding of a checkpoint's "tokenizer": that of train_gpt.py, or {"chars": ...} of train_char.py."""
     if spec == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
-    if spec == "bytes":
-        ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+    split = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's, into words
+    if "chars" in spec:
+        ranks, special, split = {c.encode(): i for i, c in enumerate(spec["chars"])}, {}, r"[\s\S]"
     else:
-        ranks, special = {c.encode(): i for i, c in enumerate(spec["chars"])}, {}
-    return tiktoken.Encoding(str(spec)[:5], pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+        tokens = [chr(i) for i in range(256)] if spec == "bytes" else spec["bpe"]
+        ranks, special = {token.encode("latin-1"): i for i, token in enumerate(tokens)}, {"<|endoftext|>": len(tokens)}
+    return tiktoken.Encoding(str(spec)[:7], pat_str=split, mergeable_ranks=ranks, special_tokens=special)
 
 
 def load(path, device, dtype, compiled=False):
@@ -317,8 +319,7 @@ def write(config, weights, tokenizer, prompts, ids, flags, file=None, about=None
         if file and i in ended:
             story = dict(id=ids[i], prompt=prompts[i], text=stories[i], tokens=counts[i], **about)
             file.write((json.dumps(story) + "\n").encode())
-            if sys.stderr.isatty():
-                print(f"{done} of {len(ids)} stories", end="\r", file=sys.stderr, flush=True)
+            print(f"{done} of {len(ids)} stories", end="\r" if done < len(ids) else "\n", file=sys.stderr, flush=True)
         elif len(ids) == 1 and not file:  # streamed
             ready = len(stories[i]) if i in ended else max(printed, len(stories[i]) - held_back)
             print(stories[i][printed:ready], end="\n" if i in ended else "", flush=True)

@@ -42,7 +42,7 @@ def get_flags():
     # data
     add("--train_files", default="data/fineweb10B/fineweb_train_*.bin", help="token shards to learn from")
     add("--val_files", default="data/fineweb10B/fineweb_val_*.bin", help="token shards for the validation loss")
-    add("--tokenizer", default="gpt2", choices=["gpt2", "bytes"], help="what the shards' tokens are")
+    add("--tokenizer", default="gpt2", help="of the shards: gpt2, bytes, or the .json that data/prepare.py has made")
     add("--out_dir", default="out/gpt", help="where logs, stories and checkpoints go")
     # model
     add("--n_layer", type=int, default=12, help="blocks")
@@ -142,15 +142,23 @@ def get_device(device, dtype):
 
 
 # --- encoding, the same in every script (tests/test_copies.py) ---
-def get_tokenizer(name):
-    """The tiktoken.Encoding of a checkpoint's "tokenizer". bytes: token i is byte i, 256 is <|endoftext|>."""
-    if name == "gpt2":
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's, into words
+
+
+def get_tokenizer(spec):
+    """The tiktoken.Encoding of a checkpoint's "tokenizer"; <|endoftext|> is its last token.
+
+    spec: "gpt2", "bytes", whose token i is byte i, or {"bpe": the tokens, byte i of them as chr(i)}.
+    """
+    if spec == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError):  # of requests, too, or a page to log in came instead
             fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    tokens = [chr(i) for i in range(256)] if spec == "bytes" else spec["bpe"]
+    ranks, special = {token.encode("latin-1"): i for i, token in enumerate(tokens)}, {"<|endoftext|>": len(tokens)}
+    name = "bytes" if spec == "bytes" else "bpe"
+    return tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --- trained model, the same in every script (tests/test_copies.py) ---
@@ -490,7 +498,11 @@ def main():
         fail(f"--n_embd {args.n_embd}: not an even multiple of --n_head {args.n_head}")
     B = max(n for n in range(1, min(args.batch_size, rows) + 1) if rows % n == 0)
 
-    tokenizer = get_tokenizer(args.tokenizer)
+    spec = args.tokenizer
+    if spec not in ("gpt2", "bytes"):
+        with open(spec, encoding="utf-8") as f:
+            spec = json.load(f)
+    tokenizer = get_tokenizer(spec)
     train_data = Shards(args.train_files, "--train_files", tokenizer.n_vocab)
     val_data = Shards(args.val_files, "--val_files", tokenizer.n_vocab)
     if args.hellaswag_every:
@@ -557,13 +569,13 @@ def main():
         if step > first_step and (last or stopping or (args.save_every and step % args.save_every == 0)):
             if rank == 0:
                 state = dict(moments=[*moments.values()], squares=[*squares.values()])
-                save(path, model, args.tokenizer, args, step=step, train_time=train_time, **state)
+                save(path, model, spec, args, step=step, train_time=train_time, **state)
             kept = f"{path} holds step {step}"
         where[0] = f" (after step {step}; {kept})"
         if stopping:
             break
         if rank == 0 and args.milestone_every and step and (last or step % args.milestone_every == 0):
-            save(os.path.join(args.out_dir, f"milestone_{step:06d}.pt"), model, args.tokenizer, args, step=step)
+            save(os.path.join(args.out_dir, f"milestone_{step:06d}.pt"), model, spec, args, step=step)
         if args.hellaswag_every and (last or (step and step % args.hellaswag_every == 0)):
             acc_norm = hellaswag(model, tokenizer, questions, device, rank, world_size)
             row = dict(step=step, hellaswag_norm=acc_norm, questions=len(questions))

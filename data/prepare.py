@@ -5,10 +5,12 @@ Turn documents into token shards for train_gpt.py, on all cores, or into one tex
     python data/prepare.py creepypastas.xlsx --column body --out data/creepy    needs `pip install openpyxl`
     python data/prepare.py web.jsonl --out data/web --val_fraction 0.001
     python data/prepare.py stories.csv --text stories.txt
+    python data/prepare.py gedichte.txt --tokenizer bpe --vocab_size 4096 --out data/gedichte    its own tokens
 
 INPUT is a .txt (documents between <|endoftext|>), a .jsonl (one field), a .csv or .xlsx (one column; the first row has
 the names). Writes PREFIX_train_000001.bin, PREFIX_train_000002.bin, ... and, of the last documents,
 PREFIX_val_000000.bin, in place of all shards that PREFIX had before; each document begins with the token <|endoftext|>.
+Tokens of its own are also written, to PREFIX_bpe.json, which train_gpt.py --tokenizer takes.
 """
 
 # /// script
@@ -31,6 +33,7 @@ import sys
 import threading
 
 import numpy as np
+import regex  # which tiktoken brings along
 import tiktoken
 
 EOT = "<|endoftext|>"
@@ -41,7 +44,8 @@ def get_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=show, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("inputs", metavar="INPUT", nargs="+", help=".txt, .jsonl, .csv or .xlsx files, in UTF-8")
-    add("--tokenizer", default="gpt2", choices=["gpt2", "bytes"], help="(default: gpt2); bytes needs no download")
+    add("--tokenizer", default="gpt2", help="gpt2 (default), bytes, bpe: learned from INPUT, or the .json of that")
+    add("--vocab_size", type=int, default=2048, help="tokens that bpe learns at most (default: %(default)s)")
     add("--out", metavar="PREFIX", help="how the names of the shards begin")
     add("--text", metavar="FILE", help="write the documents to this one text instead")
     add("--column", help="what holds the documents (default: text in a .jsonl, body in a .csv or .xlsx)")
@@ -182,35 +186,84 @@ def documents(flags, counts, quiet=True):
             fail(f"{path}: empty, there is no document in it")
 
 
+# --- encoding, the same in every script (tests/test_copies.py) ---
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # GPT-2's, into words
+
+
+def get_tokenizer(spec):
+    """The tiktoken.Encoding of a checkpoint's "tokenizer"; <|endoftext|> is its last token.
+
+    spec: "gpt2", "bytes", whose token i is byte i, or {"bpe": the tokens, byte i of them as chr(i)}.
+    """
+    if spec == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError):  # of requests, too, or a page to log in came instead
+            fail("cannot fetch the GPT-2 tokenizer; see TIKTOKEN_CACHE_DIR in README.md")
+    tokens = [chr(i) for i in range(256)] if spec == "bytes" else spec["bpe"]
+    ranks, special = {token.encode("latin-1"): i for i, token in enumerate(tokens)}, {"<|endoftext|>": len(tokens)}
+    name = "bytes" if spec == "bytes" else "bpe"
+    return tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+
+
 # --- tokens ---
-def get_tokenizer():
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' errors are OSErrors, too
-        fail(f"cannot fetch the GPT-2 tokenizer ({type(error).__name__}); see TIKTOKEN_CACHE_DIR in README.md")
+def learn_tokens(texts, size):
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) of GPT-2's words: the tokens, byte i as chr(i).
+
+    The first 256 are the bytes. Then, size - 1 in all, the two that stand together most often become one, again and
+    again; of pairs that are equally common the first ones. Fewer when all words are whole.
+    """
+    counts = collections.Counter()
+    for text in texts:
+        counts.update(regex.findall(SPLIT, text))
+    words, tokens = [[*word.encode()] for word in counts], [chr(i) for i in range(256)]
+    times, pairs, places = [*counts.values()], collections.Counter(), collections.defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += times[i]
+            places[pair].add(i)  # the words that hold it
+    while len(tokens) < size - 1 and pairs and (most := max(pairs.values())):
+        best = min(pair for pair, n in pairs.items() if n == most)
+        for i in places.pop(best):
+            old, words[i] = words[i], []
+            for token in old:
+                if words[i] and (words[i][-1], token) == best:
+                    words[i][-1] = len(tokens)
+                else:
+                    words[i].append(token)
+            for pair in zip(old, old[1:]):
+                pairs[pair] -= times[i]
+            for pair in zip(words[i], words[i][1:]):
+                pairs[pair] += times[i]
+                places[pair].add(i)
+        del pairs[best]
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+    return tokens
 
 
-def encode(text, name):
+def encode(text):
     """The tokens (n,) of a document, in uint16."""
-    if name == "bytes":
+    if tokenizer.name == "bytes":  # tiktoken would take much longer
         return np.append(np.uint16(256), np.frombuffer(text.encode(), np.uint8))
-    tokens = [50256]
+    tokens = [tokenizer.eot_token]
     for piece in re.split(r"(\s{1000})", text):  # tiktoken panics when a million blanks stand in a row
-        tokens += get_tokenizer().encode_ordinary(piece)
+        tokens += tokenizer.encode_ordinary(piece)
     return np.array(tokens, np.uint16)
 
 
-def encode_all(texts, name, pool):
+def encode_all(texts, pool):
     """The tokens of each document in turn; two groups of documents are in memory at once."""
     group = []
     while some := list(itertools.islice(texts, 1000)):
-        following = pool.map(encode, some, itertools.repeat(name), chunksize=4)
+        following = pool.map(encode, some, chunksize=4)
         yield from group
         group = following
     yield from group
 
 
-def start_worker():
+def start_worker(spec):
+    global tokenizer
+    tokenizer = get_tokenizer(spec)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and is the main one's to answer
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -239,7 +292,7 @@ def write_shards(prefix, number, arrays, most):
     return total
 
 
-def write(flags, texts, n_train):
+def write(flags, texts, n_train, spec):
     """Write all of --text, or of --out, under names that end in .tmp; returns a line about it."""
     if flags.text:
         with open(f"{flags.text}.tmp", "w", encoding="utf-8", newline="\n") as f:
@@ -247,18 +300,21 @@ def write(flags, texts, n_train):
                 f.write(f"\n{EOT}\n" * (i > 0) + text)
             f.write("\n")
         return "one text"
-    pool = concurrent.futures.ProcessPoolExecutor(flags.workers, initializer=start_worker)
-    arrays = encode_all(itertools.islice(texts, n_train), flags.tokenizer, pool)
+    if isinstance(spec, dict):
+        with open(f"{flags.out}_bpe.json.tmp", "w", encoding="utf-8") as f:
+            json.dump(spec, f)
+    pool = concurrent.futures.ProcessPoolExecutor(flags.workers, initializer=start_worker, initargs=(spec,))
+    arrays = encode_all(itertools.islice(texts, n_train), pool)
     train = write_shards(f"{flags.out}_train", 1, arrays, flags.shard_tokens)
-    val = write_shards(f"{flags.out}_val", 0, encode_all(texts, flags.tokenizer, pool), 2**31 - 1)
+    val = write_shards(f"{flags.out}_val", 0, encode_all(texts, pool), 2**31 - 1)
     pool.shutdown()
     return f"{train:,} tokens in {n_train:,} documents, and {val:,} in the others for validation"
 
 
 def find(flags, suffix=""):
     """The files of this --text or --out that are there."""
-    ends = [f"_{kind}_{'[0-9]' * 6}.bin{suffix}" for kind in ("train", "val")] if flags.out else [suffix]
-    return [path for end in ends for path in sorted(glob.glob(glob.escape(flags.out or flags.text) + end))]
+    ends = ["_train_[0-9]*.bin", "_val_[0-9]*.bin", "_bpe.json"] if flags.out else [""]
+    return [path for end in ends for path in sorted(glob.glob(glob.escape(flags.out or flags.text) + end + suffix))]
 
 
 def main():
@@ -276,13 +332,19 @@ def main():
     n_val = min(n - 1, max(1, round(n * flags.val_fraction))) if flags.val_fraction and flags.out else 0
     if flags.out and flags.val_fraction and not n_val:
         fail("one document only, so that none can be set apart for validation; --val_fraction 0 does without")
-    if flags.out and flags.tokenizer == "gpt2":
-        get_tokenizer()  # so that it is the main process that says when it cannot be had
+    spec = flags.tokenizer
+    if flags.out and spec == "bpe":
+        spec = {"bpe": learn_tokens(itertools.islice(documents(flags, counts.copy()), n - n_val), flags.vocab_size)}
+    elif flags.out and spec not in ("gpt2", "bytes"):
+        with open(spec, encoding="utf-8") as f:
+            spec = json.load(f)
+    if flags.out:
+        get_tokenizer(spec)  # so that it is the main process that says when it cannot be had
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     for path in find(flags, ".tmp"):  # of a run that was killed
         os.remove(path)
     try:
-        line = write(flags, documents(flags, collections.Counter()), n - n_val)
+        line = write(flags, documents(flags, collections.Counter()), n - n_val, spec)
         for path in find(flags):
             os.remove(path)
         for path in find(flags, ".tmp"):

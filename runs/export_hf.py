@@ -108,10 +108,9 @@ def to_tokenizer(spec):
     if spec == "gpt2":
         gpt2 = tiktoken.get_encoding("gpt2")
         ranks = {gpt2.decode_single_token_bytes(i): i for i in range(gpt2.eot_token)}
-    elif spec == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-    else:  # here {"bpe": […]} will have its ranks
-        fail(f"the checkpoint's tokenizer is unknown here: {str(spec)[:50]}")
+    else:
+        tokens = [chr(i) for i in range(256)] if spec == "bytes" else spec["bpe"]
+        ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
     letters = bytes_to_unicode()  # the published form of BPE spells every byte as a letter that can be seen
     eot, spelled = "<|endoftext|>", {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocabulary = {spelled[token]: i for token, i in ranks.items()}
@@ -126,7 +125,7 @@ def to_tokenizer(spec):
 def model_card(checkpoint, path, folder, theirs, weights, dtype):
     """What a visitor of the folder reads first, in the form of Hugging Face's model cards."""
     config, tokenizer, step = checkpoint["config"], checkpoint["tokenizer"], checkpoint.get("train", {}).get("step")
-    tokens = {"gpt2": "GPT-2's BPE", "bytes": "bytes"}.get(str(tokenizer), "characters")
+    tokens = {"gpt2": "GPT-2's BPE", "bytes": "bytes"}.get(str(tokenizer), "an alphabet or a BPE of its own")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

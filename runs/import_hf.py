@@ -6,8 +6,8 @@ Turn a model of others into a checkpoint of these scripts, to be sampled, scored
     python finetune.py --init out/back --data data/tales.txt
 
 A folder (pip install "transformers>=5,<6") holds config.json, tokenizer.json and *.safetensors, as `hf download NAME
---local-dir DIR` leaves them; its tokenizer must be GPT-2's or that of bytes. What runs/export_hf.py has written in
-float32 comes back to the bit.
+--local-dir DIR` leaves them; its tokenizer must be GPT-2's, that of bytes, or another BPE of bytes that splits words as
+GPT-2's does. What runs/export_hf.py has written in float32 comes back to the bit.
 
 The post is "G(houlish) P(retrained) T(errifier)", Halloween 2024, its code github.com/brendanhogan/nbn-gpt, its weights
 bhogan/ghoulish_pretrained_terrifier on Hugging Face. What that code saves can be read, or the weights alone. The model
@@ -44,10 +44,11 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-def get_tokenizer(bpe):
-    """What a checkpoint calls the "model" of a tokenizer.json, and how many tokens it has."""
+def get_tokenizer(theirs):
+    """What a checkpoint calls the tokenizer of a tokenizer.json, and how many tokens it has."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    bpe, split = theirs["model"], (theirs["pre_tokenizer"] or {}).get("type")
     if bpe["type"] == "BPE":  # which spells every byte as a letter that can be seen
         byte = {letter: i for i, letter in bytes_to_unicode().items()}
         names = [name for name in sorted(bpe["vocab"], key=bpe["vocab"].get) if byte.keys() >= set(name)]
@@ -57,8 +58,9 @@ def get_tokenizer(bpe):
         gpt2 = tiktoken.get_encoding("gpt2")
         if tokens[:50256] == [gpt2.decode_single_token_bytes(i) for i in range(50256)]:
             return "gpt2", 50257
-        # here another one will become {"bpe": tokens}
-    raise ValueError(f"its tokenizer, {bpe['type']} of {len(bpe['vocab']):,} tokens, is neither GPT-2's nor bytes")
+        if {bytes([i]) for i in range(256)} <= {*tokens} and split == "ByteLevel":  # splits as GPT-2 does
+            return {"bpe": [token.decode("latin-1") for token in tokens]}, len(tokens) + 1
+    raise ValueError(f"its tokenizer, {bpe['type']} of {len(bpe['vocab']):,} tokens, is not one of ours")
 
 
 def from_transformers(folder):
@@ -74,7 +76,7 @@ def from_transformers(folder):
         if theirs.get(name, value) != value:
             raise ValueError(f"its {name} is {theirs[name]}, and in the model of these scripts {value}")
     with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
-        tokenizer, V = get_tokenizer(json.load(f)["model"])
+        tokenizer, V = get_tokenizer(json.load(f))
     weights = {}
     for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         weights.update(load_file(path))
@@ -131,8 +133,7 @@ def main():
     except ImportError:
         fail('needs transformers 5: pip install "transformers>=5,<6"')
     except Exception as error:  # damaged files raise nearly everything
-        said = " ".join(str(error).split())
-        fail(f"{flags.source}: can't be imported, or is damaged: {type(error).__name__}: {said:.200}")
+        fail(f"{flags.source}: can't be imported, or is damaged ({' '.join(str(error).split()):.200})")
     os.makedirs(os.path.dirname(flags.out) or ".", exist_ok=True)
     torch.save(dict(checkpoint, format=1, model=model), flags.out + ".tmp")
     os.replace(flags.out + ".tmp", flags.out)
