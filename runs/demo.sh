@@ -11,15 +11,15 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "runs/demo.sh: Python 3.10 or newer is needed; name one in PYTHON" >&2; exit 2; }
 
-sizes=(--tokenizer bytes --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --total_batch_size 4096 --batch_size 16)
+sizes=(--n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --total_batch_size 4096 --batch_size 16)
 rates=(--matrix_lr 0.03 --embed_lr 0.3 --head_lr 0.01 --weight_decay 0 --warmdown_frac 0.5)
-iters=300 char_iters=450 tales_passes=3 best_tokens=4000 length=400 told=220
+plain=20000 scary=1000 iters=900 char_iters=300 passes=1 openings=100 best_tokens=15000 length=200
 if [ "${1:-}" = --quick ]; then
-    iters=20 char_iters=20 tales_passes=0.05 best_tokens=2000 length=60 told=60
+    plain=300 scary=60 iters=20 char_iters=20 openings=10 best_tokens=2000 length=60
     sizes+=(--n_layer 1 --n_head 1 --n_embd 64 --total_batch_size 1024 --batch_size 4)
     shift
 fi
-judge=(--judge local --scary out/demo/tales --plain out/demo/gpt)
+judge=(--judge local --scary out/demo/tuned --plain out/demo/gpt)
 if [ "${1:-}" = --api ]; then
     shift
     if [ -n "${OPENAI_API_KEY:-}" ]; then judge=(--judge openai "$@"); else echo "no key in OPENAI_API_KEY: the offline judge ranks"; fi
@@ -47,38 +47,46 @@ stage() {
 }
 
 begun=$SECONDS
-stage bigram "the tales, and a bigram model of their characters" \
-    $python train_char.py --model bigram --out_dir out/demo/bigram --overwrite --max_new_tokens $length
+stage plain "everyday stories, by a program" \
+    $python data/stories.py --num $plain --out out/demo/plain.txt
+stage scary "frightening ones" \
+    $python data/stories.py --voice scary --num $scary --out out/demo/scary.txt
+stage held_out "frightening ones that no stage learns from" \
+    $python data/stories.py --voice scary --split val --num 200 --out out/demo/held_out.txt
+stage openings "openings of stories that are held out, too" \
+    $python data/stories.py --split val --openings $openings --out out/demo/openings.txt
+stage bigram "a bigram model of the frightening stories' characters" \
+    $python train_char.py --data out/demo/scary.txt --model bigram --out_dir out/demo/bigram --overwrite --max_new_tokens 500
 stage char "a small transformer on the same characters" \
-    $python train_char.py --out_dir out/demo/char --overwrite --max_iters $char_iters --val_loss_every $((char_iters / 5)) --max_new_tokens $length
-stage shards "everyday prose, as shards of bytes" \
-    $python data/prepare.py data/plain.txt --tokenizer bytes --out out/demo/plain --overwrite
-stage gpt "pretraining on everyday prose" \
-    $python train_gpt.py "${sizes[@]}" "${rates[@]}" --max_iters $iters --out_dir out/demo/gpt \
+    $python train_char.py --data out/demo/scary.txt --out_dir out/demo/char --overwrite --max_iters $char_iters --val_loss_every $((char_iters / 5))
+stage shards "everyday stories, as shards of tokens that are learned from them" \
+    $python data/prepare.py out/demo/plain.txt --tokenizer bpe --out out/demo/plain --overwrite
+stage gpt "pretraining on everyday stories" \
+    $python train_gpt.py "${sizes[@]}" "${rates[@]}" --max_iters $iters --out_dir out/demo/gpt --tokenizer out/demo/plain_bpe.json \
     --train_files "out/demo/plain_train_*.bin" --val_files "out/demo/plain_val_*.bin" --max_new_tokens $length \
-    --val_loss_every $((iters / 15)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 50 --resume
-stage tales "fine-tuning on the tales" \
-    $python finetune.py --init out/demo/gpt --data data/tales.txt --out_dir out/demo/tales --lr_scale 0.5 \
-    --epochs $tales_passes --max_new_tokens $length --save_every 50 --resume
-stage stories "forty stories" \
-    $python sample.py out/demo/tales --num 40 --max_new_tokens $told --out out/demo/stories.jsonl
+    --val_loss_every $((iters / 15)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 100 --resume
+stage tuned "fine-tuning on frightening stories" \
+    $python finetune.py --init out/demo/gpt --data out/demo/scary.txt --out_dir out/demo/tuned \
+    --epochs $passes --max_new_tokens $length --save_every 50 --resume
+stage written "four stories to each of the openings" \
+    $python sample.py out/demo/tuned --prompt_file out/demo/openings.txt --num 4 --max_new_tokens $length --out out/demo/stories.jsonl
 stage ranked "the scariest of every four" \
     $python rank.py out/demo/stories.jsonl "${judge[@]}" --out out/demo/ranked.jsonl
 stage best "fine-tuning on the winners" \
-    $python finetune.py --init out/demo/tales --data out/demo/best.jsonl --out_dir out/demo/best --max_tokens $best_tokens \
+    $python finetune.py --init out/demo/tuned --data out/demo/best.jsonl --out_dir out/demo/best --max_tokens $best_tokens \
     --max_new_tokens $length --resume
 stage dpo "learning from the judgements: DPO" \
-    $python finetune.py --init out/demo/tales --data out/demo/ranked.jsonl --method dpo --out_dir out/demo/dpo \
+    $python finetune.py --init out/demo/tuned --data out/demo/ranked.jsonl --method dpo --out_dir out/demo/dpo \
     --max_new_tokens $length --resume
 
 echo; echo "== the same opening, continued by every stage"
 $python runs/timeline.py "Bigram of characters=out/demo/bigram" "Small transformer of characters=out/demo/char" \
-    "Pretraining on everyday prose (bytes)=out/demo/gpt" "Fine-tuning on the tales=out/demo/tales" \
+    "Pretraining on everyday stories=out/demo/gpt" "Fine-tuning on frightening ones=out/demo/tuned" \
     "Fine-tuning on the winners=out/demo/best" "DPO on the judgements=out/demo/dpo" --out out/demo/timeline.md
 echo; cat out/demo/timeline.md
 if $python -c 'import matplotlib' 2>/dev/null; then
-    $python runs/plot.py out/demo/char out/demo/gpt out/demo/tales out/demo/dpo --out out/demo/curves
+    $python runs/plot.py out/demo/char out/demo/gpt out/demo/tuned out/demo/dpo --out out/demo/curves
 else
-    echo "pictures of the losses: $python -m pip install matplotlib; $python runs/plot.py out/demo/gpt out/demo/tales"
+    echo "pictures of the losses: $python -m pip install matplotlib; $python runs/plot.py out/demo/gpt out/demo/tuned"
 fi
 echo "$((SECONDS - begun)) s; more stories: $python sample.py out/demo/dpo"
