@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # for the benches that import a script of ours
-# The model of runs/demo.sh, a small one of bytes for a CPU, and its learning rates; no stories are written on the way.
+# A small model of bytes for a CPU, and its learning rates; no stories are written on the way.
 DEMO = (
     "--tokenizer bytes --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --total_batch_size 4096 --batch_size 16 "
     "--matrix_lr 0.03 --embed_lr 0.3 --head_lr 0.01 --weight_decay 0 --device cpu --sample_every 0 --overwrite"

@@ -98,8 +98,8 @@ def main():
         p = sum(map(grammar.is_frightening, texts)) / len(texts)
         low, high = interval(p, len(texts))
         unknown = sum(word not in known for word in words) / len(words)
-        cells = f"{p:.0%}", f"{low:.0%} to {high:.0%}", f"{unknown:.2%}", f"{max(shares):.0%}", f"{np.median(shares):.0%}"
-        table.append((name, losses.get(stage, ""), *cells))
+        cells = f"{p:.0%}", f"{low:.0%} to {high:.0%}", f"{unknown:.2%}"
+        table.append((name, losses.get(stage, ""), *cells, f"{max(shares):.0%}", f"{np.median(shares):.0%}"))
     show(*table)
     print(f"ratio: {losses['gpt'] / losses['tuned']:.2f}")
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a writer of scary stories, every stage, on a laptop's CPU; stopped, the same command goes on:
-#     bash runs/demo.sh            about seven minutes on two cores, once the packages are there
-#     bash runs/demo.sh --quick    about a minute: every stage at its smallest, to see that all of it works
+#     bash runs/demo.sh            about eight minutes on two cores, once the packages are there
+#     bash runs/demo.sh --quick    half a minute: every stage at its smallest, to see that all of it works
 #     bash runs/demo.sh --api      GPT-4o ranks the stories (some 20 short requests), with the key in OPENAI_API_KEY;
 #                                  what follows --api goes to rank.py: --base_url http://localhost:8000/v1 --model llama3
 # Everything is written to out/demo; remove that folder to begin again. The last files are timeline.md and, where
@@ -11,12 +11,12 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "runs/demo.sh: Python 3.10 or newer is needed; name one in PYTHON" >&2; exit 2; }
 
-sizes=(--n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --total_batch_size 4096 --batch_size 16)
+sizes=(--n_layer 4 --n_head 4 --n_embd 128 --block_size 256 --batch_size 16)
 rates=(--matrix_lr 0.03 --embed_lr 0.3 --head_lr 0.01 --weight_decay 0 --warmdown_frac 0.5)
-plain=20000 scary=1000 iters=900 char_iters=300 passes=1 openings=100 best_tokens=15000 length=200
+plain=40000 scary=8000 iters=1800 char_iters=300 passes=1 openings=100 best_tokens=15000 length=220 batch=4096
 if [ "${1:-}" = --quick ]; then
-    plain=300 scary=60 iters=20 char_iters=20 openings=10 best_tokens=2000 length=60
-    sizes+=(--n_layer 1 --n_head 1 --n_embd 64 --total_batch_size 1024 --batch_size 4)
+    plain=300 scary=60 iters=20 char_iters=20 openings=10 best_tokens=2000 length=60 batch=1024
+    sizes+=(--n_layer 1 --n_head 1 --n_embd 64 --batch_size 4)
     shift
 fi
 judge=(--judge local --scary out/demo/tuned --plain out/demo/gpt)
@@ -59,14 +59,16 @@ stage bigram "a bigram model of the frightening stories' characters" \
     $python train_char.py --data out/demo/scary.txt --model bigram --out_dir out/demo/bigram --overwrite --max_new_tokens 500
 stage char "a small transformer on the same characters" \
     $python train_char.py --data out/demo/scary.txt --out_dir out/demo/char --overwrite --max_iters $char_iters --val_loss_every $((char_iters / 5))
-stage shards "everyday stories, as shards of tokens that are learned from them" \
-    $python data/prepare.py out/demo/plain.txt --tokenizer bpe --out out/demo/plain --overwrite
+stage tokens "a tokenizer, learned from both kinds of stories" \
+    $python data/prepare.py out/demo/plain.txt out/demo/scary.txt --tokenizer bpe --vocab_size 1024 --out out/demo/all --overwrite
+stage shards "the everyday stories, as shards of its tokens" \
+    $python data/prepare.py out/demo/plain.txt --tokenizer out/demo/all_bpe.json --out out/demo/plain --overwrite
 stage gpt "pretraining on everyday stories" \
-    $python train_gpt.py "${sizes[@]}" "${rates[@]}" --max_iters $iters --out_dir out/demo/gpt --tokenizer out/demo/plain_bpe.json \
+    $python train_gpt.py "${sizes[@]}" --total_batch_size $batch "${rates[@]}" --max_iters $iters --out_dir out/demo/gpt --tokenizer out/demo/plain_bpe.json \
     --train_files "out/demo/plain_train_*.bin" --val_files "out/demo/plain_val_*.bin" --max_new_tokens $length \
     --val_loss_every $((iters / 15)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 100 --resume
 stage tuned "fine-tuning on frightening stories" \
-    $python finetune.py --init out/demo/gpt --data out/demo/scary.txt --out_dir out/demo/tuned \
+    $python finetune.py --init out/demo/gpt --data out/demo/scary.txt --out_dir out/demo/tuned --lr_scale 0.7 --total_batch_size $batch \
     --epochs $passes --max_new_tokens $length --save_every 50 --resume
 stage written "four stories to each of the openings" \
     $python sample.py out/demo/tuned --prompt_file out/demo/openings.txt --num 4 --max_new_tokens $length --out out/demo/stories.jsonl
