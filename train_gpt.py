@@ -1,7 +1,7 @@
 """
 Pretrain a GPT on token shards: on a GPU, on several under torchrun, or on a CPU.
 
-    python data/fineweb.py 20                                     2 B tokens of FineWeb
+    python data/fineweb.py 19                                     1.9 B tokens of FineWeb
     python train_gpt.py                                           GPT-2's size (124M)
     torchrun --standalone --nproc_per_node=8 train_gpt.py         the same on eight GPUs: the same losses, sooner
     python train_gpt.py --resume                                  continues from OUT_DIR/ckpt.pt

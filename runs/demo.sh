@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a writer of scary stories, every stage, on a laptop's CPU; stopped, the same command goes on:
-#     bash runs/demo.sh            about eight minutes on two cores, once the packages are there
+#     bash runs/demo.sh            about nine minutes on two cores, once the packages are there
 #     bash runs/demo.sh --quick    half a minute: every stage at its smallest, to see that all of it works
 #     bash runs/demo.sh --api      GPT-4o ranks the stories (some 20 short requests), with the key in OPENAI_API_KEY;
 #                                  what follows --api goes to rank.py: --base_url http://localhost:8000/v1 --model llama3

@@ -55,8 +55,8 @@ def get_tokenizer(theirs):
         tokens = [bytes(byte[letter] for letter in name) for name in names]
         if tokens[:256] == [bytes([i]) for i in range(256)] and not bpe["merges"]:
             return "bytes", 257
-        gpt2 = tiktoken.get_encoding("gpt2")
-        if tokens[:50256] == [gpt2.decode_single_token_bytes(i) for i in range(50256)]:
+        gpt2 = tiktoken.get_encoding("gpt2") if len(tokens) >= 50256 else None  # which may have to be fetched
+        if gpt2 and tokens[:50256] == [gpt2.decode_single_token_bytes(i) for i in range(50256)]:
             return "gpt2", 50257
         if {bytes([i]) for i in range(256)} <= {*tokens} and split == "ByteLevel":  # splits as GPT-2 does
             return {"bpe": [token.decode("latin-1") for token in tokens]}, len(tokens) + 1
