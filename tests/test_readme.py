@@ -56,7 +56,9 @@ def test_a_wrong_command_is_found(command, reason):
 def test_flags_and_scripts_in_sentences_exist():
     from torch.distributed.run import get_args_parser
 
-    sources = [path.read_text(encoding="utf-8") for path in [*SCRIPTS, *ROOT.glob("runs/*.sh")]]
+    sources = [
+        path.read_text(encoding="utf-8") for path in [*SCRIPTS, *ROOT.glob("runs/*.sh"), *ROOT.glob("tests/*.py")]
+    ]
     known = "\n".join([*sources, get_args_parser().format_help()])
     for span in SPANS:
         for flag in re.findall(r"(?:^| )(--[\w-]+)", span):
