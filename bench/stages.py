@@ -1,7 +1,7 @@
 """
 Is each stage of runs/demo.sh better than the one before it? The same measures for the models of all stages.
 
-    bash runs/demo.sh && python bench/stages.py      (4 minutes on 2 cores)
+    bash runs/demo.sh && python bench/stages.py      (half a minute on 2 cores)
 
 Nats a byte: the loss of frightening stories that no stage has learned from. From the same openings each model then
 writes 200 stories; of them are told the share that ends frighteningly by the lists of data/stories.py, with its 95%
