@@ -61,6 +61,10 @@ def texts(work, prompts, n, sampling, batch_size=0, device=CPU, compiled=False):
 
 
 # --- what is written ---
+def test_a_million_blanks_in_a_prompt(write, work):
+    (work / "blanks.txt").write_text("a" + " " * 1_000_000 + "b")
+    story = write("gpt2.pt", "--prompt_file", "blanks.txt", "--max_new_tokens", 3)[0]
+    assert story.startswith("a" + " " * 1_000_000 + "b") and len(story) > 1_000_003
 
 
 @torch.no_grad()
