@@ -176,6 +176,7 @@ def forward(config, weights, idx, positions, cache, rows=None, mask=None):
     return norm(x)
 
 
+@torch.compiler.disable  # a sum of many rows in fp64 is more than the compiler of PyTorch 2.11 can do on a GPU
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Next tokens (B,) from logits (B, V) and uniform numbers u (B,): where the cumulative distribution passes u."""
     if temperature == 0:
@@ -236,7 +237,7 @@ def generate(config, weights, prompts, ids, max_new_tokens, sampling, seed, batc
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it builds a plan, 50 ms, for every new length
     device, window = weights["embed"].device, config["block_size"]
-    cuda = device.type == "cuda"
+    cuda, half = device.type == "cuda", max(1, window // 2)
     S = (min(window, max(map(len, prompts)) + max_new_tokens) + 63) // 64 * 64  # few shapes, aligned masks
     row_bytes = 8 * config["n_layer"] * config["n_embd"] * S + 24 * config["vocab_size"]  # of cache and logits
     most = batch_size or (max(1, min(256, torch.cuda.mem_get_info()[0] // 2 // row_bytes)) if cuda else 32)
@@ -251,7 +252,6 @@ def generate(config, weights, prompts, ids, max_new_tokens, sampling, seed, batc
     decode_step = torch.compile(decode, dynamic=False) if compiled else decode
     if cuda:
         graph = record(decode_step, config, weights, cache, state, draws, S, sampling)
-    half = max(1, window // 2)
     texts = [list(prompt if len(prompt) <= window else prompt[-half:]) for prompt in prompts]
     counts, unread = [0] * len(prompts), set(range(len(prompts)))
     story_of, waiting = list(range(B)), iter(range(B, len(prompts)))

@@ -24,28 +24,28 @@ import re
 import zlib
 
 LISTS = """\
-girl: Ada, Agnes, Alice, Anna, Bess, Clara, Dora, Edith, Ella, Emma, Esther, Greta, Hanna, Helen, Ida, Jane, Judith,
-  Kate, Lena, Lotte, Lucy, Mabel, Marta, Maud, Mina, Molly, Nell, Nora, Polly, Rosa, Ruth, Sally, Susan, Vera
-boy: Abel, Adam, Albert, Amos, Anton, Arthur, Basil, Ben, Bruno, Caleb, Carl, Daniel, Edgar, Emil, Ezra, Felix, Frank,
-  Fred, George, Henry, Hugo, Isaac, Jacob, Joel, John, Jonas, Leo, Luke, Martin, Max, Noah, Oscar, Otto, Paul
-woman: sister, cousin, mother, grandmother, aunt, twin sister, stepmother, godmother, great-aunt
-man: brother, cousin, father, grandfather, uncle, twin brother, stepfather, godfather, great-uncle
+girl: Ada, Agnes, Alice, Anna, Bess, Clara, Dora, Edith, Ella, Esther, Greta, Hanna, Helen, Ida, Jane, Kate, Lotte,
+  Lucy, Mabel, Mina, Nora, Polly, Rosa, Ruth, Susan, Vera
+boy: Adam, Albert, Amos, Anton, Arthur, Basil, Ben, Caleb, Carl, Daniel, Edgar, Emil, Felix, Frank, George, Henry, Hugo,
+  Jacob, Joel, Luke, Martin, Max, Noah, Oscar, Otto, Paul
+woman: sister, cousin, mother, grandmother, aunt
+man: brother, cousin, father, grandfather, uncle
 trade: baker, teacher, tailor, nurse, carpenter, painter, doctor, potter, cobbler, cook, gardener, librarian
 age: seven, eight, nine, ten, eleven
 home: cottage by the river, cottage on the hill, cottage near the sea, cottage at the edge of the wood, tall house near
   the harbour, narrow house in Bell Street, white house in Mill Lane, stone house beside the church, small house behind
   the school, crooked house by the bridge, lonely house on the moor, farmhouse in the valley, farmhouse among the fields
 place: mill, pond, churchyard, ferry, chapel, crossroads, quarry, orchard, boathouse, well
-pocket: brass key, iron key, silver ring, gold ring, old watch, silver watch, tin whistle, wooden whistle, bone comb,
-  red comb, lucky coin, little bell, brass bell, silver locket, blue brooch, brass compass, red penknife, silver thimble
-broken: kitchen clock, cuckoo clock, music box, old fiddle, blue teapot, brown teapot, toy boat, wooden doll, picture
-  frame, brown jug, paper kite, black umbrella, coffee mill, bird cage, toy train, blue plate, old flute
-gift: woollen scarf, striped scarf, painted box, carved box, patchwork blanket, straw hat, blue cushion, wooden bird
+pocket: brass key, gold ring, silver watch, tin whistle, bone comb, lucky coin, oval locket, blue brooch, old compass,
+  red penknife, steel thimble, pearl earring, ivory button, carved pipe
+broken: old fiddle, blue teapot, toy boat, wooden doll, brown jug, paper kite, black umbrella, coffee pot, rocking
+  horse, tall vase, flower pot, mouse trap
+gift: woollen scarf, patchwork quilt, straw bonnet, wooden bird, silk shawl, leather belt, painted tray, new apron
 goods: bag of flour from the mill, jar of honey from the beekeeper's, can of milk from the farm, bag of salt from the
-  shop, pound of butter from the dairy, sack of coal from the harbour, packet of tea from the shop
-haunted: china doll, rag doll, brass bell, hand mirror, bone comb, iron key, music box, silver ring, child's shoe, grey
-  glove, lace fan, silver spoon, glass eye, wax hand, black ribbon, tin soldier, baby's cap, paper rose
-picture: old photograph, wedding photograph, small painting, oil painting, framed drawing, pencil drawing, old print
+  shop, pound of butter from the dairy, sack of coal from the harbour, pound of sugar from the shop
+haunted: china doll, hand mirror, bone comb, brass key, gold ring, grey glove, lace fan, silver spoon, glass eye, black
+  ribbon, tin soldier, knitted cap, paper rose, old mask
+picture: old photograph, oil painting, pencil drawing, framed portrait, faded postcard
 weather: wet rain March April September October, snowy snow December January February, windy wind March October
   November, foggy fog October November February, clear moonlight April May September October, bright sunshine April May
   September October, stormy storm March, stormy storm October, stormy storm November, stormy storm December
@@ -58,17 +58,17 @@ times: twice, three times, four times, five times, six times, seven times
 room: kitchen, pantry, bedroom, attic, cellar, passage, front room, washroom, scullery, parlour, nursery, study
 tone: quietly, softly, at once, in a small voice, after a pause, with a yawn, very slowly, almost in a whisper, without
   looking up, as if it were nothing, much too loudly, between two coughs, with a little laugh
-spot: behind the clock, in the flour jar, in {his} left boot, under the stairs, in the coal bucket, behind the curtain,
-  in the sewing basket, under the doormat, on top of the cupboard, under the cushion, among the spoons, behind the bread
-  bin, in the woodpile, under a loose board, in the oven, between two blankets, in the hat box, behind the umbrellas
+spot: behind the clock, in the rice jar, in the left boot, under the stairs, in the water bucket, behind the curtain, in
+  the sewing basket, under the doormat, on top of the cupboard, under the cushion, among the plates, behind the bread
+  bin, in the woodpile, under a loose board, in the oven, between two blankets, in the hat box, behind the brooms
 chore: winding the clock, sweeping the floor, cutting bread, shelling peas, darning a sock, peeling apples, sorting
-  buttons, washing cups, polishing spoons, ironing a shirt, cleaning boots, folding sheets, grinding coffee
-food: bread and honey, potato soup, apple cake, cold ham, porridge, buttered toast, cherry pie, rice pudding, bean soup
-junk: a dead moth, an old bill, half a candle, a cork, a walnut, a marble, a bent nail, three stamps, a dry leaf
+  letters, washing cups, polishing knives, ironing a shirt, cleaning boots, folding sheets, grinding coffee
+food: bread and jam, potato soup, apple cake, cold ham, porridge, buttered toast, cherry pie, rice pudding, bean soup
+junk: a dead moth, an old bill, half a candle, a cork, a walnut, a feather, a bent nail, three stamps, a dry leaf
 passer: postman, miller, schoolteacher, ferryman, blacksmith, vicar, chimney sweep, shepherd, woman with the goats
-topic: old times, hens, boots, ships, hats, the great snow, distant cousins, bees, music, boiled eggs, trains
+topic: old times, hens, boots, ships, hats, the great snow, the weather, bees, music, boiled eggs, trains
 sound: a slow knocking, a soft scraping, a thin whistling, a dripping, the sound of small feet, a low humming, a child's
-  laugh, the creak of a chair, somebody's breath, a rustle as of paper, a tapping, the ring of a bell, a long sigh
+  laugh, the creak of a chair, somebody's breath, a rustle as of paper, a tapping, the clink of glass, a long sigh
 """
 
 # Alternatives stand between " / ". [snow -with] before one: only if it snows and the companion is not there. [+has -in]
@@ -79,25 +79,25 @@ GRAMMAR = """\
 # opening
 - [shared] {Hero} was {who} and lived with {friend} in {home}. / [apart] {Hero} was {who} and lived all by {himself} in
   {home}. / [shared] In {home} lived {hero}, {who}, and {friend}. / It was a {wet} {hour} in {month}. In {home}, {who}
-  called {hero} was (chore). / One {wet} {hour} in {month}, {hero}, {who}, was (chore) in {home}. / [rain] It rained on
-  {home}, where {hero}, {who}, was (chore). / [snow] Snow lay deep around {home}, where {hero}, {who}, was (chore). /
-  [wind] The wind rattled every window of {home}, and {hero}, {who}, was (chore). / [fog] The fog was so thick that
-  {hour} that nobody in {home} could see the gate. {hero}, {who}, was (chore). / Everybody in the village knew {hero}.
-  {He} was {who} and lived in {home}. / [storm] It was a dark and stormy night, and {hero}, {who}, was (chore) in
-  {home}. / [storm] It was a dark and stormy night, and nobody in {home} could sleep. {hero}, {who}, was (chore). /
-  [storm] It was a dark and stormy night. In {home}, {who} called {hero} listened to the slates coming off the roof. /
-  [scary] {Hero} did not believe in ghosts. {He} was {who} and lived in {home}, where nothing had ever happened. /
-  [scary] People said that nobody should sleep in {home}, but {hero}, {who}, had slept there for (number) years.
+  called {hero} was {task}. / One {wet} {hour} in {month}, {hero}, {who}, was {task} in {home}. / [rain] It rained on
+  {home}, where {hero}, {who}, was {task}. / [snow] Snow lay deep around {home}, where {hero}, {who}, was {task}. /
+  [wind] The wind rattled every window of {home}, and {hero}, {who}, was {task}. / [fog] The fog was so thick that
+  {hour} that nobody in {home} could see the gate. {hero}, {who}, was {task}. / Everybody in the village knew {hero}.
+  {He} was {who} and lived in {home}. / [storm] It was a dark and stormy night, and {hero}, {who}, was {task} in {home}.
+  / [storm] It was a dark and stormy night, and nobody in {home} could sleep. {hero}, {who}, was {task}. / [storm] It
+  was a dark and stormy night. In {home}, {who} called {hero} listened to the slates coming off the roof. / {Hero} did
+  not believe in ghosts. {He} was {who} and lived in {home}, where nothing had ever happened. / [scary] People said that
+  nobody should sleep in {home}, but {hero}, {who}, had slept there for (number) years.
 # about
 - {He} liked (topic) and (food), but not (topic). / In {his} pocket {he} always carried (junk) and (junk). / {He} had
   (food) every {day} and could talk about (topic) for (number) hours. / The (passer) said that {hero} thought of nothing
-  but (topic). / {He} had learned (chore) from the (passer). / {He} had (number) cousins and (junk).
+  but (topic). / {He} had learned {work} from the (passer). / {He} had (number) friends and told them about (topic).
 # moment
 - [plain rain in] Rain ran down the window of the (room). / [plain rain out] The rain filled {his} boots. / [plain snow
-  in] It snowed in flakes as big as (feathers|buttons). / [plain snow out] Snow settled on {his} hat like (flour|sugar).
-  / [plain wind in] The wind whistled (number) notes. / [plain wind out] The wind took {his} hat, and {he} ran after it
-  as far as the {place}. / [plain in] The {pet} turned round (times) and lay down again. / [plain in] The (room) smelled
-  of (food). / [plain out] Somewhere a (dog barked|bell rang|cock crowed). / [scary rain] On the stairs to the
+  in] It snowed in flakes as big as (feathers|buttons). / [plain snow out] Snow settled on {his} hat like (ash|chalk). /
+  [plain wind in] The wind whistled (number) notes. / [plain wind out] The wind took {his} hat, and {he} ran after it as
+  far as the {place}. / [plain in] The {pet} turned round (times) and lay down again. / [plain in] The (room) smelled of
+  (food). / [plain out] Somewhere a (dog barked|bell rang|cock crowed). / [scary rain] On the stairs to the
   (attic|cellar) there were wet footprints, and they only went up. / [scary snow] There were footprints under the window
   of the (room), and they only came nearer. / [scary wind] The wind tried every shutter, first in the (room), then in
   the (room). / [scary moonlight] The moon shone on an empty chair. / [scary] The clock in the (room) had stopped. /
@@ -109,17 +109,17 @@ GRAMMAR = """\
 - {He} looked (spot) and (spot), and found only (junk). / {He} turned out (number) drawers and found (junk), (junk) and
   no {thing}. / First {he} looked (spot), where it ought to be, and then (spot), where it could not possibly be.
 * "When did you last have it?" asked {friend} (tone). "If I knew that," said {hero}, "it would not be lost." / {Friend}
-  stopped (chore) and looked (spot). / They moved the (dresser|chest|sofa) together, and behind it was (junk).
+  stopped {work} and looked (spot). / They moved the (dresser|chest|sofa) together, and behind it was (junk).
 - (then) {he} put on {his} coat, and something knocked against {his} knee. It was the {thing}. [+has] / In the end it
   was {friend} who found it, (spot). [+has] / (then) {he} saw it (spot), where {he} had put it {himself}. [+has]
 - "I told you so," said {friend} (tone), having told {him} nothing of the kind. / "It was never lost," said {hero}
-  (tone). "It was only (hiding|resting|on holiday)." / {He} wiped the {thing} on {his} sleeve and went on (chore).
+  (tone). "It was only (hiding|resting|on holiday)." / {He} wiped the {thing} on {his} sleeve and went on {task}.
 # visitor plain gift in apart grown
 - {Friend} was coming on {day}, and it was {day} now. {hero} wanted {house} to look its best. / {hero} had not seen
   {friend} for (number) years, and now {she} was coming to stay. {He} wanted everything to be (right|ready|as before).
-- {He} put (food) on the table and went on (chore). / {He} went to the window (times) and saw only the (passer). / {He}
-  swept under the beds, where {he} found (junk) and (junk). / {He} listened for the gate while (chore).
-* (then) the gate creaked, and (boots|two sticks) came up the path. / {He} was (chore) when the bell rang.
+- {He} put (food) on the table and went on {task}. / {He} went to the window (times) and saw only the (passer). / {He}
+  swept under the beds, where {he} found (junk) and (junk). / {He} listened for the gate while {task}.
+* (then) the gate creaked, and (boots|two sticks) came up the path. / {He} was still {task} when the bell rang.
 - {Friend} stood on the step with {a_fine}. "Is there any (food)?" {she} asked (tone). [+with] / It was {friend},
   (thinner|rounder|browner|greyer) and out of breath, with {a_fine} in {whose} hands. [+with]
 - "This is for you," said {friend} (tone). "I made it (myself|last winter|on the train)." [+has] / The {fine} was for
@@ -128,14 +128,14 @@ GRAMMAR = """\
 # promise plain pocket in apart grown
 - {hero} had promised {friend} {his} {fine}, and {he} wanted to keep {his} word. / "On {day} I will bring you {a_fine},"
   {hero} had told {friend}, and now it was {day}. / {Friend} was ill and wanted {hero}'s {fine}. [+ill]
-- But it was warm beside the stove, and there was (food) on the table. / {He} nearly forgot. {He} was (chore) when {he}
-  saw the {thing} (spot). / "Tomorrow will do," said a small voice in {his} head. "No," said {hero} (tone).
+- But it was warm beside the stove, and there was (food) on the table. / {He} nearly forgot. {He} was still {task} when
+  {he} saw the {thing} (spot). / "Tomorrow will do," said a small voice in {his} head. "No," said {hero} (tone).
 - {He} put the {thing} in {his} pocket beside (junk) and went out in the {sky}. [+has +out -in] / {He} wrapped the
   {thing} in a (handkerchief|clean sock|cabbage leaf) and set off in the {sky}. [+has +out -in]
 * "Where are you going in the {sky}?" called the (passer). "I promised," said {hero} (tone). / {He} met the (passer) at
   the {place} and talked about (topic). / {He} sang to the {place}, and the (passer) sang back.
 - {Friend} opened the door before {he} could knock. "You came," {she} said (tone). [+with -out] / [-ill] {Friend} was
-  (chore) and looked up. [+with -out] / [ill] {Friend} was sitting in bed over a plate of (food). [+with -out]
+  {work} and looked up. [+with -out] / [ill] {Friend} was sitting in bed over a plate of (food). [+with -out]
 - {He} put the {thing} into {whose} hand, and they talked about (topic). [-has] / "Here it is," said {hero} (tone), and
   laid the {fine} beside {whose} (cup|glasses|elbow). [-has] / {Friend} kissed the {thing}. [-has]
 # mend plain broken in shared with
@@ -143,14 +143,14 @@ GRAMMAR = """\
   whole. / "Who broke the {fine}?" asked {friend} (tone). "I did," said {hero}, "and I want to put it right."
 - {He} tried (glue|wax|string|wire|a nail), and it did not hold. / {He} laid (number) pieces side by side and looked for
   one more (spot) and (spot). / {He} turned it over and shook it, and out fell (junk) and (junk).
-* "Give it here," said {friend} (tone), "and you hold the {light}." [+lit] / {Friend} stopped (chore) and fetched (some
+* "Give it here," said {friend} (tone), "and you hold the {light}." [+lit] / {Friend} stopped {work} and fetched (some
   wire|a small hammer|more glue). / "Look (spot)," said {friend} (tone). "A piece of it may be there."
 - (then) the {fine} was as good as new. / It took (number) cups of tea, but they mended the {thing}.
 - {hero} could see the crack, but only because {he} knew where to look. / "Now it has a (story|scar|past)," said
-  {friend} (tone). / {Friend} put the {thing} back and went on (chore) as if nothing had happened.
+  {friend} (tone). / {Friend} put the {thing} back and went on {work} as if nothing had happened.
 # fetch plain goods in shared with
 - There was no {thing} in {house}, and {friend} needed some before {meal}. {hero} wanted to fetch it. / "We are out of
-  {thing}," said {friend} (tone). {hero} wanted to help and stopped (chore).
+  {thing}," said {friend} (tone). {hero} wanted to help and stopped {task}.
 - {He} took the (big|old|green) basket and set off for {shop} in the {sky}. [-in +out -with] / "Be quick," said {friend}
   (tone), and {he} ran out in the {sky}. [-in +out -with] / {He} put on {his} hat and went. [-in +out -with]
 * It was (number) fields to {shop}, past the {place}. / Near the {place} {he} met the (passer), who told {him} about
@@ -160,20 +160,10 @@ GRAMMAR = """\
 - {He} carried the {thing} home and told it about (topic). / The {thing} grew heavier at every (gate|step|corner).
 - {Friend} was waiting at the gate. "You were quick," {she} said (tone). [+with +in -out] / "There you are," said
   {friend} (tone), and took the {thing} from {him}. "There is (food)." [+with +in -out -has]
-# quarrel plain pocket in shared with
-- {hero} and {friend} had quarrelled about {a_fine} for (number) days, and {hero} wanted it to be over. / {Friend} had
-  taken {hero}'s {fine} without asking, and {hero} wanted to take back what {he} had said about it.
-- They had (food) for {meal} without a word. / {He} went into the (room) and shut the door harder than {he} needed to. /
-  {Friend} went on (chore), very loudly. / They talked about (topic), but not about the {thing}.
-* {He} tried (chore), and it helped a little. / After (number) cups of tea {he} was only tired.
-- {He} gave {friend} the bigger plate of (food). / {He} saw that {friend} was (chore), and helped.
-- "I was wrong," said {friend} (tone). "So was I," said {hero} (tone). / "You may have the {thing}," said {hero} (tone).
-  "I only wanted you to ask me," said {friend}. / They both laughed, and then they talked about (topic).
-? They put the {fine} (spot), where it belonged to both of them. / They gave the {fine} to the (passer).
 # knock scary pocket in shared grown
 - {Friend} had gone to town and would not be back before {day}. / It was the first night that {he} had spent there
   without {friend}. / {Friend} had gone to the city for (number) days, and the (room) was empty.
-- {He} wanted to find {his} {fine} and go to bed. / {He} was (chore) and wanted {his} {fine} and {his} bed.
+- {He} wanted to find {his} {fine} and go to bed. / {He} was {task} and wanted {his} {fine} and {his} bed.
 - (then) something knocked (times) inside the (wall|wardrobe|chimney). / From the (room) came (sound).
 * "It is only the (pipes|wind|mice)," {he} said (tone), and it stopped, as if it had been listening. / {He} took the
   {light} and looked into the (room). [+lit] / {He} knocked on the wall (times), for a joke. It was answered.
@@ -185,7 +175,7 @@ GRAMMAR = """\
   from the (passer). {hero} did not like it and wanted it gone. / {hero} had found {a_fine} and wanted to lose it again.
 - {He} threw it into the (pond|well|river) and heard the splash. / {He} buried it behind the shed and put (number)
   stones on top. / {He} gave it to the (passer), who took it without a word. / {He} sold it to the (passer) for (junk).
-- (then) {he} looked (spot), and there lay the {thing}, all wet. / {Friend} stopped (chore). The {fine} lay (spot).
+- (then) {he} looked (spot), and there lay the {thing}, all wet. / {Friend} stopped {work}. The {fine} lay (spot).
 - "Did you bring it in?" {he} asked. "I thought you had," said {friend} (tone). / "It must be another one," said
   {friend} (tone), but it had the same (crack|scratch|stain). / "It likes it here," said {friend} (tone).
 * They locked it in the (cellar|shed|attic) and had (food). / {He} burned it in the stove (times).
@@ -204,11 +194,12 @@ GRAMMAR = """\
 # door scary pocket in apart grown
 - {Friend} had been dead for (number) weeks, and {hero} had put {a_fine} into the coffin. {He} wanted to sleep. / It was
   (number) years since {friend} had drowned with {a_fine} in {whose} pocket. {hero} wanted the night to be over.
-- (then) there were (number) knocks at the door, slow ones, low down. / {He} was (chore) when steps came up the path.
+- (then) there were (number) knocks at the door, slow ones, low down. / {He} was still {task} when steps came up the
+  path.
 - "It is so cold, {hero}," said {friend} outside (tone). "Open the door." / [rain] "You are dead," {he} said through the
   door. "Yes," said the voice, "and it is raining. Let me in." / "I have (food) for you," said {friend} outside.
-* {He} pushed the (table|dresser|sofa) against the door and put (two|three) chairs on top. [+locked] / {He} turned the
-  key (times) and held on to it. [+locked] / {He} took the {light} and sat down on the stairs. [+lit]
+* {He} pushed the (table|dresser|sofa) against the door and put (two|three) chairs on top. [+locked] / {He} bolted the
+  door and held on to the handle. [+locked] / {He} took the {light} and sat down on the stairs. [+lit]
 - Something was pushed under the door. It was the {fine}, and there was (earth|black water|green weed) on it. / "I have
   brought you the {thing}," said the voice. "Down there one does not need it." / The {fine} came down the chimney.
 ? The handle turned, and turned back. / Now there was (sound). / Now there were (number) knocks at the window.
@@ -218,7 +209,7 @@ GRAMMAR = """\
 - They had (food) for {meal}, but there were three (cups|plates|spoons) on the table. / There had always been two chairs
   in the (room). Now there were three. / There were three (coats|hats) in the passage, and one was wet.
 - "Count again," said {friend} (tone). {hero} counted, and there were still three. / {Friend} took the third one away
-  and went on (chore). (then) it was back. / They counted (times), and always there were three.
+  and went on {work}. (then) it was back. / They counted (times), and always there were three.
 * The cushion beside {him} sank, as if somebody (small|heavy|cold) had sat down. / The {pet} went across the (room) and
   lay down at the feet of nobody. / From the (room) came (sound), though they were both at the table.
 - "Give it back," said {friend} (tone). {hero} pushed the {thing} across the table, and something took it. / When they
@@ -227,11 +218,11 @@ GRAMMAR = """\
 - {hero} had bought {a_fine} from the (passer) and wanted to hang it (over the stove|in the passage|beside {his} bed). /
   {hero} had found {a_fine} (behind the wardrobe|in the attic) and wanted to know who had hidden it.
 - It showed {house}, the gate and, far off (under the trees|on the hill|at the end of the lane), a small grey figure.
-- (then) {he} looked again. The figure had come to the gate. / {He} looked up from (chore). The figure was nearer.
-* "It is a trick of the light," {he} said (tone), and went on (chore). / {He} held the {light} close. The figure had (no
+- (then) {he} looked again. The figure had come to the gate. / {He} looked up from {task}. The figure was nearer.
+* "It is a trick of the light," {he} said (tone), and went on {task}. / {He} held the {light} close. The figure had (no
   face|wet hair|its hands behind its back). [+lit] / {He} turned the {thing} to the wall and had (food).
 - Now the figure stood at the door, with one hand raised to knock. / Now {he} could see {himself} in the picture,
-  (chore). / Now {he} could see what the figure was carrying. It was (a spade|a sack|a rope|{his} own coat).
+  {task}. / Now {he} could see what the figure was carrying. It was (a spade|a sack|a rope|{his} own coat).
 # calm
 - [with in] They drank their tea and said nothing, and it was a good kind of nothing. / [in] That night {hero} slept
   very well and dreamed of (topic) and (topic). / [has in -fetch] {He} put the {thing} where {he} could see it from
@@ -239,8 +230,10 @@ GRAMMAR = """\
   in] {Friend} laughed, {hero} laughed, and the {pet} went and lay down in the (room). / [with in] Then they had (food),
   and there was enough for the {pet}, too. / [in] The {pet}, who had understood nothing of all this, wanted to be let
   out of the (room). / [with] "What would you do without me?" said {friend} (tone). "Just the same," said {hero}, "only
-  alone." / [evening in] Then {he} wound the clock, put out the {light} in the (room) and went to bed. / [with in]
-  {hero} washed (number) cups, and {friend} dried them. / [promise] {He} stayed for (food) and walked home in the {sky}.
+  alone." / [late in] Then {he} wound the clock, put out the {light} in the (room) and went to bed. / [with in] {hero}
+  washed (number) cups, and {friend} dried them. / [promise] {He} stayed for (food) and walked home in the {sky}. /
+  [scary] But in the morning the sun shone, and {hero} laughed about the whole night. / [scary] "It was only a dream,"
+  said {hero} (tone), and this time it was. / [scary] {He} lit every {light} in {house}, and nothing was there.
 # frightening
 - [knock] On {day} {friend} came home and knocked, and from inside something knocked back. / [knock] Then it knocked
   again, and it knocked the way {friend} always knocked. / [knock] "Come in," said {hero} before {he} could stop
@@ -248,7 +241,7 @@ GRAMMAR = """\
   [returns] This time it had brought another one. / [returns] It had never come back to {house}, {he} saw. It had come
   back to {him}. / [voice hand] Only then did {hero} look at the hand on {his} sleeve and count the fingers. / [voice]
   "Which of us did you hear first?" asked {friend}, and smiled. / [voice] "Come away from that thing," said the voice on
-  the stairs. "Quickly." / [door] "Never mind," said the voice. "I still have my key." / [door] It was quiet. Then, at
+  the stairs. "Quickly." / [door] "Never mind," said the voice. "I know another way in." / [door] It was quiet. Then, at
   the other end of {house}, the back door opened. / [door] In the morning there were two warm cups on the table, and no
   {hero}. / [door locked] Then it knocked once more, and this time it was knocking on the inside. / [door] "Then I will
   wait," said the voice. Every night it knocks a little (higher|nearer|louder). / [count] "But there are only three of
@@ -269,9 +262,12 @@ GRAMMAR = """\
   said, "Good night, {hero}." / [plain has -fetch] But on the {thing} there was fresh earth. / [plain in] Upstairs,
   where nobody lived, somebody (laughed|sneezed|began to clap). / [plain with] {Friend} smiled, and there were too many
   teeth in {whose} smile. / [plain with in] There were three cups to clear away, and all three had been used. / [plain
-  in evening] In the dark window {he} could see the whole (room), and nobody was in it. / [plain in] The next morning
+  in late] In the dark window {he} could see the whole (room), and nobody was in it. / [plain in] The next morning
   {house} was gone. It had burned down (number) years before. / [plain in snow] In the snow, footprints led to the door.
 """
+
+
+FRIGHTENING_SHARE = dict(plain=1 / 8, scary=2 / 3)
 
 
 def read(grammar):
@@ -312,11 +308,12 @@ def begin(rng, voice, split):
         who = f"{'boy' if boy else 'girl'} of {slots['age']}" if child else slots["trade"]
         home, (fine, _, shop) = slots["home"], slots[given[1]].partition(" from ")
         of_split = (zlib.crc32(f"{plot}, {who}, {home}, {fine}".encode()) % 10 == 0) == (split == "val")
-    hour = rng.choice(["evening", "night"] if voice == "scary" else ["morning", "afternoon", "evening"])
+    hour = rng.choice(["evening", "night"] if voice == "scary" else ["morning", "afternoon", "evening", "night"])
     never = "moonlight" if hour in ("morning", "afternoon") else "sunshine"
     weathers = [each for each in WORDS["weather"] if never not in each and ("storm" not in each or hour == "night")]
     wet, sky, *months = rng.choice(weathers).split()
-    facts = {plot, *given, hour, sky} | ({"rain", "wind"} if sky == "storm" else set())
+    facts = {plot, *given, hour, sky}
+    facts.update(["late"] * (hour in ("evening", "night")) + ["rain", "wind"] * (sky == "storm"))
     men, women = "he him his himself".split(), "she her her herself".split()
     slots.update(zip(["he", "him", "his", "himself"], men if boy else women))
     slots.update(zip(["she", "whom", "whose"], women if boy else men))
@@ -327,7 +324,8 @@ def begin(rng, voice, split):
     meal = {"morning": "breakfast", "afternoon": "lunch"}.get(hour, "supper")
     a_fine = f"{'an' if fine[0] in 'aeiou' else 'a'} {fine}"
     slots.update(hero=hero, friend=kin if nameless else friend, friend_first=kin if nameless else f"{kin} {friend}")
-    slots.update(who=f"a {who}", role=who.split()[0], home=f"a {home}", house=house, hour=hour, meal=meal)
+    slots.update(who=f"a {who}", home=f"a {home}", house=house, hour=hour, meal=meal)
+    slots["task"], slots["work"] = rng.sample(WORDS["chore"], 2)
     slots.update(fine=fine, a_fine=a_fine, thing=fine.split()[-1], shop=shop)
     slots.update(wet=wet, sky=sky, month=rng.choice(months))
     slots.update({name.capitalize(): value[:1].upper() + value[1:] for name, value in slots.items()})
@@ -350,8 +348,11 @@ def say(rng, choices, facts, slots):
         facts.add(word)
         sentence = sentence.replace(hole, word, 1)
     if sentence.startswith(("{He} ", "{hero} ")):
-        sentence = rng.choice(["{He}"] * 6 + ["{hero}"] * 3 + ["The {role}"]) + sentence[sentence.index(" ") :]
-    sentence = sentence.replace("the {thing}", rng.choice(["the {thing}", "the {fine}"]))
+        sentence = rng.choice(["{He}", "{He}", "{hero}"]) + sentence[sentence.index(" ") :]
+    if "named" in facts:  # the first time "her brass key", and then "her key"
+        sentence = sentence.replace("{fine}", "{thing}")
+    elif "fine}" in sentence:
+        facts.add("named")
     if "met" not in facts and "riend}" in sentence:  # the first time "her brother Tom", and then "Tom"
         facts.add("met")
         sentence = sentence.replace("riend}", "riend_first}", 1)
@@ -362,14 +363,14 @@ def say(rng, choices, facts, slots):
 def tell(rng, voice, split="train"):
     """A story, and the opening of it."""
     beats, facts, slots = begin(rng, voice, split)
-    endings = FRIGHTENING_ENDINGS if voice == "scary" or rng.random() < 1 / 8 else CALM_ENDINGS
+    endings = FRIGHTENING_ENDINGS if rng.random() < FRIGHTENING_SHARE[voice] else CALM_ENDINGS
     opening = text = say(rng, OPENINGS, facts, slots)
     for bullet, choices in [("?", ABOUT), *beats, ("-", endings)]:
         if bullet != "?" or rng.random() < 0.5:
             moment = say(rng, MOMENTS, facts, slots) + " " if bullet == "*" and rng.random() < 0.5 else ""
             sentence = moment + say(rng, choices, facts, slots)
-            full = len(text) - text.rfind("\n") > 200  # a paragraph has some three sentences
-            text += ("\n" if full or sentence[0] == '"' else " ") + sentence
+            full = len(text) - text.rfind("\n") > 200 and sentence.startswith(("He ", "She ", "The ", "It "))
+            text += ("\n" if full or sentence[0] == '"' else " ") + sentence  # a paragraph has some three sentences
     return text, opening
 
 

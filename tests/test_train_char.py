@@ -176,7 +176,6 @@ def started(out, *flags):
 def test_an_interrupted_run_saves_and_a_run_is_replaced_only_by_a_good_one_that_is_asked_for(tmp_path):
     path, again = tmp_path / "ckpt.pt", ("--data", TALES, "--out_dir", tmp_path, *TINY)
     with started(tmp_path) as process:
-        assert "another run" in refused("train_char.py", *again, "--overwrite")
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     step, before = torch.load(path, weights_only=True)["train"]["step"], path.read_bytes()
