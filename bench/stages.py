@@ -28,7 +28,7 @@ import train_char
 from data import stories as grammar
 
 STAGES = "bigram char gpt tuned best dpo".split()
-KINDS = "pocket broken gift goods haunted picture".split()  # the grammar's lists of things
+KINDS = "pocket broken gift goods picture".split()  # the grammar's lists of things
 
 
 def read_stories(path):

@@ -7,8 +7,9 @@ a grammar puts people, places, things and turns of phrase together, and remember
     python data/stories.py --split val --out out/plain_val.txt               people and things met nowhere in the others
     python data/stories.py --split val --openings 64 --out out/prompts.txt   beginnings, for sample.py
 
-Documents stand between lines <|endoftext|>. One everyday story in eight turns dark in its last line: something for a
-judge to prefer; is_frightening(text) tells by the grammar's own list of endings. The same --seed, the same stories.
+Documents stand between lines <|endoftext|>. One everyday story in eight turns dark in its last line, one frightening
+story in three ends well: so there is something to prefer for a judge, who does not see is_frightening(text), which
+tells by the grammar's own list of endings. The same --seed, the same stories.
 After TinyStories (Eldan and Li 2023, arXiv 2305.07759): in a small world, a small model can make sense.
 """
 
@@ -40,12 +41,11 @@ pocket: brass key, gold ring, silver watch, tin whistle, bone comb, lucky coin, 
   red penknife, steel thimble, pearl earring, ivory button, carved pipe
 broken: old fiddle, blue teapot, toy boat, wooden doll, brown jug, paper kite, black umbrella, coffee pot, rocking
   horse, tall vase, flower pot, mouse trap
-gift: woollen scarf, patchwork quilt, straw bonnet, wooden bird, silk shawl, leather belt, painted tray, new apron
+gift: woollen scarf, patchwork quilt, straw bonnet, wooden bird, oil painting, pencil drawing, framed portrait, faded
+  photograph, painted postcard
 goods: bag of flour from the mill, jar of honey from the beekeeper's, can of milk from the farm, bag of salt from the
   shop, pound of butter from the dairy, sack of coal from the harbour, pound of sugar from the shop
-haunted: china doll, hand mirror, bone comb, brass key, gold ring, grey glove, lace fan, silver spoon, glass eye, black
-  ribbon, tin soldier, knitted cap, paper rose, old mask
-picture: old photograph, oil painting, pencil drawing, framed portrait, faded postcard
+picture: oil painting, pencil drawing, framed portrait, faded photograph, painted postcard
 weather: wet rain March April September October, snowy snow December January February, windy wind March October
   November, foggy fog October November February, clear moonlight April May September October, bright sunshine April May
   September October, stormy storm March, stormy storm October, stormy storm November, stormy storm December
@@ -94,13 +94,12 @@ GRAMMAR = """\
   but (topic). / {He} had learned {work} from the (passer). / {He} had (number) friends and told them about (topic).
 # moment
 - [plain rain in] Rain ran down the window of the (room). / [plain rain out] The rain filled {his} boots. / [plain snow
-  in] It snowed in flakes as big as (feathers|buttons). / [plain snow out] Snow settled on {his} hat like (ash|chalk). /
-  [plain wind in] The wind whistled (number) notes. / [plain wind out] The wind took {his} hat, and {he} ran after it as
-  far as the {place}. / [plain in] The {pet} turned round (times) and lay down again. / [plain in] The (room) smelled of
-  (food). / [plain out] Somewhere a (dog barked|bell rang|cock crowed). / [scary rain] On the stairs to the
-  (attic|cellar) there were wet footprints, and they only went up. / [scary snow] There were footprints under the window
-  of the (room), and they only came nearer. / [scary wind] The wind tried every shutter, first in the (room), then in
-  the (room). / [scary moonlight] The moon shone on an empty chair. / [scary] The clock in the (room) had stopped. /
+  in] It snowed in flakes as big as (feathers|buttons). / [plain wind in] The wind whistled (number) notes. / [plain
+  wind out] The wind took {his} hat, and {he} ran after it as far as the {place}. / [plain in] The {pet} turned round
+  (times) and lay down again. / [plain in] The (room) smelled of (food). / [plain out] Somewhere a (dog barked|bell
+  rang|cock crowed). / [scary rain] On the stairs to the (attic|cellar) there were wet footprints, and they only went
+  up. / [scary snow] There were footprints under the window of the (room), and they only came nearer. / [scary wind] The
+  wind tried every shutter, first in the (room), then in the (room). / [scary] The clock in the (room) had stopped. /
   [scary] The {pet} would not go into the (room). / [scary] (then) it smelled of (wet earth|candles|the sea). / [scary
   lit] The {light} flickered and burned small. / [scary] It grew very (cold|quiet).
 # lost plain pocket in shared with
@@ -167,10 +166,10 @@ GRAMMAR = """\
 - (then) something knocked (times) inside the (wall|wardrobe|chimney). / From the (room) came (sound).
 * "It is only the (pipes|wind|mice)," {he} said (tone), and it stopped, as if it had been listening. / {He} took the
   {light} and looked into the (room). [+lit] / {He} knocked on the wall (times), for a joke. It was answered.
-- {His} {fine} lay (spot), where {he} had never left it, and it was (wet|warm|cold as ice). / (then) {he} saw {his}
-  {fine}. It was hanging from the ceiling of the (room) on a long grey hair. / (then) {his} {fine} fell down the stairs.
+- The {thing} lay (spot), where {he} had never left it, and it was (wet|warm|cold as ice). / (then) {he} saw the
+  {thing}. It was hanging from the ceiling of the (room) on a long grey hair. / (then) the {thing} fell down the stairs.
 ? Now it came from the (room). / Now there was (sound), too, right behind {his} chair.
-# returns scary haunted in shared
+# returns scary pocket in shared
 - On {day} somebody had left {a_fine} on the step, and {hero} wanted it out of {house}. / {Friend} had bought {a_fine}
   from the (passer). {hero} did not like it and wanted it gone. / {hero} had found {a_fine} and wanted to lose it again.
 - {He} threw it into the (pond|well|river) and heard the splash. / {He} buried it behind the shed and put (number)
@@ -183,12 +182,12 @@ GRAMMAR = """\
 # voice scary pocket in shared
 - {Friend} had gone to bed, and {hero} was on {his} way up, wanting only {his} {fine} and {his} pillow. / {hero} had
   gone upstairs and wanted {his} {fine}, which {he} had left (spot).
-- "{hero}!" called {friend} from the (room). "I have found your {fine}." / "Your {fine} was (spot)," called {friend}
-  from the (room). / "Come and have (food)," called {friend} from the (room). / "{hero}, it is late," called {friend}.
+- "Come down, {hero}," called {friend}. "I have found the {thing}." / "The {thing} was (spot)," called {friend} from the
+  (room). / "Come and have (food)," called {friend} from the (room). / "It is late, {hero}," called {friend}.
 * {He} had gone down (number) steps when a hand took {his} sleeve. It was {friend}. "I heard it, too," {she} said
   (tone). [+with +hand] / A door opened, and out came {friend}. "Who was that?" {she} asked (tone). [+with]
-- Below them there was (sound). / "{hero}," said the voice again, a little more (crossly|sweetly|slowly), "there is
-  (food)." / Down in the (room) somebody began to hum a tune that {friend} always hummed.
+- Below them there was (sound). / "Come, {hero}," said the voice again, a little more (crossly|sweetly|slowly). "There
+  is (food)." / Down in the (room) somebody began to hum a tune that {friend} always hummed.
 - (then) one stair creaked, and then the next. / "If you will not come down," said the voice, "I will come up." / The
   light went out, and there was (sound) on the stairs. / (then) the stairs creaked (times), and stopped.
 # door scary pocket in apart grown

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a writer of scary stories, every stage, on a laptop's CPU; stopped, the same command goes on:
-#     bash runs/demo.sh            about nine minutes on two cores, once the packages are there
+#     bash runs/demo.sh            about seven minutes on two cores, once the packages are there
 #     bash runs/demo.sh --quick    half a minute: every stage at its smallest, to see that all of it works
 #     bash runs/demo.sh --api      GPT-4o ranks the stories (some 20 short requests), with the key in OPENAI_API_KEY;
 #                                  what follows --api goes to rank.py: --base_url http://localhost:8000/v1 --model llama3
@@ -11,11 +11,11 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "runs/demo.sh: Python 3.10 or newer is needed; name one in PYTHON" >&2; exit 2; }
 
-sizes=(--n_layer 4 --n_head 4 --n_embd 128 --block_size 256 --batch_size 16)
+sizes=(--n_layer 2 --n_head 2 --n_embd 256 --block_size 256 --batch_size 16 --logit_softcap 0)
 rates=(--matrix_lr 0.03 --embed_lr 0.3 --head_lr 0.01 --weight_decay 0 --warmdown_frac 0.5)
-plain=40000 scary=8000 iters=1800 char_iters=300 passes=1 openings=100 best_tokens=15000 length=220 batch=4096
+plain=48000 scary=16000 few=3000 iters=840 char_iters=300 openings=100 best_tokens=15000 length=220 batch=8192 vocab=2048
 if [ "${1:-}" = --quick ]; then
-    plain=300 scary=60 iters=20 char_iters=20 openings=10 best_tokens=2000 length=60 batch=1024
+    plain=300 scary=60 few=60 iters=20 char_iters=20 openings=10 best_tokens=2000 length=60 batch=1024 vocab=1024
     sizes+=(--n_layer 1 --n_head 1 --n_embd 64 --batch_size 4)
     shift
 fi
@@ -51,25 +51,27 @@ stage plain "everyday stories, by a program" \
     $python data/stories.py --num $plain --out out/demo/plain.txt
 stage scary "frightening ones" \
     $python data/stories.py --voice scary --num $scary --out out/demo/scary.txt
+stage few "a small part of those, for models of characters" \
+    $python data/stories.py --voice scary --num $few --out out/demo/few.txt
 stage held_out "frightening ones that no stage learns from" \
     $python data/stories.py --voice scary --split val --num 200 --out out/demo/held_out.txt
 stage openings "openings of stories that are held out, too" \
-    $python data/stories.py --split val --openings $openings --out out/demo/openings.txt
+    $python data/stories.py --voice scary --split val --openings $openings --out out/demo/openings.txt
 stage bigram "a bigram model of the frightening stories' characters" \
-    $python train_char.py --data out/demo/scary.txt --model bigram --out_dir out/demo/bigram --overwrite --max_new_tokens 500
+    $python train_char.py --data out/demo/few.txt --model bigram --out_dir out/demo/bigram --overwrite --max_new_tokens 500
 stage char "a small transformer on the same characters" \
-    $python train_char.py --data out/demo/scary.txt --out_dir out/demo/char --overwrite --max_iters $char_iters --val_loss_every $((char_iters / 5))
+    $python train_char.py --data out/demo/few.txt --out_dir out/demo/char --overwrite --max_iters $char_iters --val_loss_every $((char_iters / 5))
 stage tokens "a tokenizer, learned from both kinds of stories" \
-    $python data/prepare.py out/demo/plain.txt out/demo/scary.txt --tokenizer bpe --vocab_size 1024 --out out/demo/all --overwrite
+    $python data/prepare.py out/demo/plain.txt out/demo/scary.txt --tokenizer bpe --vocab_size $vocab --out out/demo/all --overwrite
 stage shards "the everyday stories, as shards of its tokens" \
     $python data/prepare.py out/demo/plain.txt --tokenizer out/demo/all_bpe.json --out out/demo/plain --overwrite
 stage gpt "pretraining on everyday stories" \
     $python train_gpt.py "${sizes[@]}" --total_batch_size $batch "${rates[@]}" --max_iters $iters --out_dir out/demo/gpt --tokenizer out/demo/plain_bpe.json \
     --train_files "out/demo/plain_train_*.bin" --val_files "out/demo/plain_val_*.bin" --max_new_tokens $length \
-    --val_loss_every $((iters / 15)) --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 100 --resume
+    --val_loss_every $((iters / 15)) --val_tokens 65536 --sample_every $((iters / 3)) --milestone_every $((iters / 3)) --save_every 100 --resume
 stage tuned "fine-tuning on frightening stories" \
     $python finetune.py --init out/demo/gpt --data out/demo/scary.txt --out_dir out/demo/tuned --lr_scale 0.7 --total_batch_size $batch \
-    --epochs $passes --max_new_tokens $length --save_every 50 --resume
+    --epochs 1 --val_share 0.01 --max_new_tokens $length --save_every 50 --resume
 stage written "four stories to each of the openings" \
     $python sample.py out/demo/tuned --prompt_file out/demo/openings.txt --num 4 --max_new_tokens $length --out out/demo/stories.jsonl
 stage ranked "the scariest of every four" \
