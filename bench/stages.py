@@ -6,10 +6,11 @@ Is each stage of runs/demo.sh better than the one before it? The same measures f
 Nats a byte: the loss of frightening stories that no stage has learned from. Each model then writes 200 stories to
 openings that are held out, too. Consistent: no third name, second relative or second thing of the grammar's lists is
 in a story. Frightening: it ends so by the lists of data/stories.py, which the judge does not see. Preferred: how often
-the offline judge takes the story of this stage for scarier than that of the stage before, to the same opening.
-Unknown: words that the training text does not have. Copied: the largest share of a story's runs of 8 words that stand
-together in one training story. In brackets are 95% intervals: Wilson's (1927) of a share, Newcombe's (1998, method 10)
-of the difference to the stage before, in points. `ratio: X` is the loss after pretraining over that after fine-tuning.
+the offline judge takes the story of this stage for scarier than one to the same opening by its parent, the stage that
+it began with. Unknown: words that the training text does not have. Copied: the largest share of a story's runs of 8
+words that stand together in one training story. In brackets are 95% intervals: Wilson's (1927) of a share, Newcombe's
+(1998, method 10) of the difference to the parent, in points. `ratio: X` is the loss after pretraining over that after
+fine-tuning.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import train_char
 from data import stories as grammar
 
 STAGES = "bigram char gpt tuned best dpo".split()
+PARENT = dict(tuned="gpt", best="tuned", dpo="tuned")  # what a stage began with
 KINDS = "pocket broken gift goods picture".split()  # the grammar's lists of things
 
 
@@ -102,8 +104,8 @@ def main():
     judge.repetition_penalty = 1.0
     models, tokenizer = rank.load_judges(judge)
 
-    head = "stage", "nats a byte", "consistent", "frightening", "than before", "preferred", "unknown", "copied: most"
-    table, losses, before = [(*head, "median")], {}, {}
+    head = "stage, nats a byte, consistent, frightening, than its parent, preferred, unknown, copied: most, median"
+    table, losses, measured = [tuple(head.split(", "))], {}, {}
     for stage in [*STAGES, "grammar"]:
         told = [dict(text=text, prompt="") for text in held_out]
         if stage != "grammar":
@@ -123,18 +125,22 @@ def main():
                 first, last = np.searchsorted(runs, run_), np.searchsorted(runs, run_, "right")
                 found.update(set(owners[first:last].tolist()))
             shares.append(max(found.values(), default=0) / max(1, len(mine)))
-        now = dict(frightening=[grammar.is_frightening(text) for text in texts])
-        now["scores"] = [rank.score(judge, models, tokenizer, [story])[0][0] for story in told]
-        consistent = [is_consistent(text) for text in texts]
-        compared = [""] * 2
-        if before and stage != "grammar":
-            preferred = [a > b for a, b in zip(now["scores"], before["scores"])]
-            compared = difference(now["frightening"], before["frightening"]), with_interval(preferred)
+        frightening = [grammar.is_frightening(text) for text in texts]
+        scores = [rank.score(judge, models, tokenizer, [story])[0][0] for story in told]
+        measured[stage] = frightening, scores
+        compared = ["", ""]
+        if stage in PARENT:
+            frightening_before, scores_before = measured[PARENT[stage]]
+            preferred = [after > before for after, before in zip(scores, scores_before)]
+            compared = difference(frightening, frightening_before), with_interval(preferred)
         unknown = f"{sum(word not in known for word in words) / len(words):.2%}"
-        cells = f"{sum(consistent) / len(texts):.0%}", with_interval(now["frightening"]), *compared, unknown
+        consistent = f"{sum(map(is_consistent, texts)) / len(texts):.0%}"
+        cells = consistent, with_interval(frightening), *compared, unknown
         table.append((stage, losses.get(stage, ""), *cells, f"{max(shares):.0%}", f"{np.median(shares):.0%}"))
-        before = now
     show(*table)
+    after, before = measured["dpo"], measured["best"]
+    preferred = with_interval([a > b for a, b in zip(after[1], before[1])])
+    print(f"dpo beside best: frightening {difference(after[0], before[0])} points, preferred {preferred}")
     print(f"ratio: {losses['gpt'] / losses['tuned']:.2f}")
 
 

@@ -80,7 +80,7 @@ stage best "fine-tuning on the winners" \
     $python finetune.py --init out/demo/tuned --data out/demo/best.jsonl --out_dir out/demo/best --max_tokens $best_tokens \
     --max_new_tokens $length --resume
 stage dpo "learning from the judgements: DPO" \
-    $python finetune.py --init out/demo/tuned --data out/demo/ranked.jsonl --method dpo --out_dir out/demo/dpo \
+    $python finetune.py --init out/demo/tuned --data out/demo/ranked.jsonl --method dpo --lr_scale 0.1 --out_dir out/demo/dpo \
     --max_new_tokens $length --resume
 
 echo; echo "== the same opening, continued by every stage"

@@ -14,9 +14,9 @@ validation loss before it, in nats a character, byte, token or pair, as the run'
 # ///
 
 import argparse
-import glob
 import json
 import os
+import re
 import sys
 
 import torch
@@ -46,10 +46,11 @@ def read(path):
 
 def unit_of(folder):
     """Of what the losses of a folder's run are, as a checkpoint there tells."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.pt")):
-        tokenizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
-        return "character" if "chars" in tokenizer else "byte" if tokenizer == "bytes" else "token"
-    return "unit that no checkpoint here tells"
+    path = os.path.join(folder, "ckpt.pt")
+    if not os.path.exists(path):
+        return "unit that no checkpoint here tells"
+    tokenizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
+    return "character" if "chars" in tokenizer else "byte" if tokenizer == "bytes" else "token"
 
 
 def stage(folder, prompt, everything):
@@ -69,14 +70,15 @@ def stage(folder, prompt, everything):
             about += f", validation loss {loss:.4f} nats a {unit if accuracy is None else 'pair'}"
             about += f" at step {last}" if last < step else ""
             about += f", the winner ahead in {accuracy:.0%} of the held-out pairs" if accuracy is not None else ""
-        continued = text[len(prompt) :].strip("\n").replace("\n", "\n> ")
+        whole = re.match(r'[\s\S]*[.!?]"?|[\s\S]*', text[len(prompt) :])[0]  # to the end of its last sentence
+        continued = whole.strip("\n").replace("\n", "\n> ")
         stories.append(f"{about}\n\n> **{prompt}**{continued}\n")
     return stories
 
 
 def main():
     flags = get_flags()
-    parts, count = [f"# {flags.prompt} ...\n"], 0
+    parts = [f"# {flags.prompt} ...\n"]
     for run in flags.runs:
         name, _, folder = run.rpartition("=")
         try:
@@ -86,11 +88,10 @@ def main():
         if not stories:
             fail(f"{folder}: no story there has the prompt {flags.prompt!r}")
         parts += [f"## {name or os.path.basename(os.path.normpath(folder))}\n", *stories]
-        count += len(stories)
     os.makedirs(os.path.dirname(flags.out) or ".", exist_ok=True)
     with open(flags.out, "w", encoding="utf-8") as f:
         f.write("\n".join(parts))
-    print(f"{flags.out}: {count} stories")
+    print(f"{flags.out}: {len(parts) - 1 - len(flags.runs)} stories")
 
 
 if __name__ == "__main__":
