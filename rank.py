@@ -6,10 +6,11 @@ Choose the scariest of every four stories: by GPT-4o or another model behind its
     python rank.py stories.jsonl --base_url http://localhost:8000/v1 --model llama3      vLLM, llama.cpp, Ollama, ...
     python rank.py stories.jsonl --judge local --scary out/finetune --plain out/gpt      offline
     python rank.py stories.jsonl --judge human
+    python rank.py stories.jsonl --against others.jsonl        who writes scarier? Compares stories to the same prompts
 
 ranked.jsonl gets an object a group (its stories A to D, the best, all votes), best.jsonl the winners in the form of the
 stories. Answers are kept in ranked.jsonl.answers: stopped at any moment, the same command goes on, and nothing is asked
-again while the four stories and the judge are the same.
+again while the four stories and the judge are the same. With --against a group is a pair, and there is no best.jsonl.
 """
 
 # /// script
@@ -66,6 +67,7 @@ def get_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("stories", metavar="STORIES.jsonl", help="what sample.py --out wrote, or another file in that form")
+    add("--against", metavar="OTHERS.jsonl", help="another writer's stories to the same prompts: who is scarier?")
     add("--judge", default="openai", choices=["openai", "local", "human"], help="who chooses")
     add("--out", default="ranked.jsonl", help="an object a group; the answers are kept in OUT.answers")
     add("--seed", type=int, default=1337, help="decides in which order stories are shown")
@@ -114,7 +116,7 @@ def run(main):
 
 
 # --- stories and votes ---
-def read_stories(path):
+def read_stories(path, least=2):
     """The stories of a .jsonl file; exits naming the first line that is none."""
     stories = []
     for number, line in enumerate(open(path, "rb"), 1):
@@ -128,7 +130,7 @@ def read_stories(path):
             if not good:
                 fail(f'{path}:{number}: no story, {{"id", "prompt", "text"}} with a text that begins with its prompt')
             stories.append(story)
-    if len(stories) < 2:
+    if len(stories) < least:
         fail(f"{path}: {len(stories)} stories, and nothing to compare")
     return stories
 
@@ -146,16 +148,36 @@ def make_groups(stories, seed):
     return groups
 
 
+def make_pairs(flags):
+    """Pairs {label: story}, labelled by lot: the i-th story to a prompt, by id, with the i-th of --against to it."""
+    ours, theirs = read_stories(flags.stories, 1), read_stories(flags.against, 1)
+    for stories in (ours, theirs):  # sample.py adds short ones first, which must not be all that is paired
+        stories.sort(key=lambda story: (len(str(story["id"])), str(story["id"])))
+    waiting, pairs = collections.defaultdict(list), []
+    for story in theirs:
+        waiting[story["prompt"]].append(story)
+    for story in ours:
+        if waiting[story["prompt"]]:
+            pair = {**story, "side": "stories"}, {**waiting[story["prompt"]].pop(0), "side": "against"}
+            pairs.append(dict(zip("AB", random.Random(f"{flags.seed} {story['text']}").sample(pair, 2))))
+    if not pairs:
+        fail(f"{flags.stories} and {flags.against} have no prompt in common, so nothing to compare")
+    if len(pairs) < max(len(ours), len(theirs)):
+        a, b = len(ours) - len(pairs), len(theirs) - len(pairs)
+        print(f"left out: {a} stories of {flags.stories}, {b} of {flags.against}, without a partner", file=sys.stderr)
+    return pairs
+
+
 def winner(votes):
     """The label with the most votes, or None when there is none or another has as many."""
     counts = collections.Counter(vote["best"] for vote in votes if vote["best"]).most_common(2)
     return None if not counts or len(counts) > 1 and counts[0][1] == counts[1][1] else counts[0][0]
 
 
-def next_vote(votes, wanted):
-    """The number of the first vote that a group lacks; when they are split, one more; None when it is done."""
+def next_vote(votes, flags):
+    """The number of the first vote that a group lacks; when four are split, one more; None when it is done."""
     have = {vote["vote"] for vote in votes if vote["best"]}
-    return next((i for i in range(wanted + (winner(votes) is None)) if i not in have), None)
+    return next((i for i in range(flags.votes + (winner(votes) is None and not flags.against)) if i not in have), None)
 
 
 class Stop(Exception):
@@ -235,7 +257,7 @@ def preview(flags, groups):
     bodies = [make_body(flags, (), group, order) for group in groups for order in ORDERS[len(group)][: flags.votes]]
     read, written = sum(len(m["content"]) for body in bodies for m in body["messages"]) // 4, 80 * len(bodies)
     print(f"POST {flags.base_url}/chat/completions\n{json.dumps(bodies[0], indent=2, ensure_ascii=False)}\n")
-    print(f"requests: {len(bodies):,}, and one more for every group whose votes are split")
+    print(f"requests: {len(bodies):,}" + ", and one more for every group whose votes are split" * (not flags.against))
     print(f"tokens: about {read:,} read (4 characters each) and {written:,} written (80 a reply)")
     print(f"dollars: about {dollars(flags, read, written):.2f}" if any(flags.price) else "dollars: see --price")
 
@@ -325,7 +347,7 @@ def asked_wait(headers):
 def ask(flags, session, books, key, group):
     """Ask for every vote that a group lacks; returns why it stays undecided, or None. Raises Stop."""
     failures, unread, votes, labels = 0, 0, books.votes[key], "ABCD"[: len(group)]
-    while (vote := next_vote(votes, flags.votes)) is not None and not books.stop.is_set():
+    while (vote := next_vote(votes, flags)) is not None and not books.stop.is_set():
         order, refused = ORDERS[len(group)][vote % len(group)], set(books.refused)
         body = make_body(flags, refused, group, order, unread)
         size = sum(len(message["content"].encode()) for message in body["messages"])
@@ -366,7 +388,7 @@ def ask(flags, session, books, key, group):
         wait = asked_wait(headers) or min(30, 0.5 * 2**failures)
         failures += 1
         books.stop.wait(wait + random.random() * min(1, wait / 2))
-    return None if winner(votes) else "votes split"
+    return None if winner(votes) or flags.against else "votes split"
 
 
 # --- encoding, the same in every script (tests/test_copies.py) ---
@@ -497,11 +519,12 @@ def choose(flags, judges, books, key, group):
 
 
 # --- results ---
-def write_results(flags, best, settings, groups, votes):
+def write_results(flags, paths, settings, groups, votes):
     """Write ranked.jsonl and best.jsonl; returns how many groups have all their votes, and how many a winner."""
     ranked, winners, counted = [], [], ("prompt_tokens", "completion_tokens")
+    kept = ("id", "prompt", "text", "side") if flags.against else ("id", "prompt", "text")
     for g, group in enumerate(groups):
-        if next_vote(votes[g], flags.votes) is not None:
+        if next_vote(votes[g], flags) is not None:
             continue
         label, reasoning = winner(votes[g]), ""
         if label:
@@ -509,15 +532,43 @@ def write_results(flags, best, settings, groups, votes):
             vote = next(vote for vote in votes[g] if vote["best"] == label)
             shown = "" if vote["order"] == "".join(group) else f" (shown as {vote['order']})"
             reasoning = vote["reasoning"] + shown
-        stories = {label: {key: story[key] for key in ("id", "prompt", "text")} for label, story in group.items()}
+        stories = {label: {key: story[key] for key in kept} for label, story in group.items()}
         row = dict(group=g, stories=stories, best=label, reasoning=reasoning, votes=votes[g])
         usage = {key: sum(vote["usage"][key] for vote in votes[g] if vote["usage"]) for key in counted}
         ranked.append(row | dict(judge=settings | votes[g][-1]["sent_with"], usage=usage))
-    for path, rows in ((flags.out, ranked), (best, winners)) if ranked else ():
+    for path, rows in zip(paths, (ranked, winners)) if ranked else ():
         with open(f"{path}.tmp", "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
         os.replace(f"{path}.tmp", path)
     return len(ranked), len(winners)
+
+
+def wilson(points, n):
+    """The 95% interval of a share, points / n (Wilson 1927). Ties, as half points, make it a little too wide."""
+    z = 1.959964  # 95% of a normal distribution lies within so many standard deviations
+    middle, half = points + z * z / 2, z * math.sqrt(points * (n - points) / n + z * z / 4)
+    return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
+
+
+def compare(flags, groups, votes):
+    """Print the win rate over --against: a pair with split votes is a tie, half a win; the interval is wilson()'s.
+
+    And how long each side's stories are, and how repetitive: seq-rep-4 of Welleck et al. (2020), of words.
+    """
+    judged = [(group, rows) for group, rows in zip(groups, votes) if next_vote(rows, flags) is None]
+    best = [winner(rows) and group[winner(rows)]["side"] for group, rows in judged]
+    n, ties, wins = len(best), best.count(None), best.count("stories") + best.count(None) / 2
+    low, high = wilson(wins, n)
+    print(f"win rate of {flags.stories} over {flags.against}: {wins / n:.1%} of {n} pairs ({ties} ties count half)")
+    print(f"95% interval: {low:.1%} to {high:.1%}; two equally scary writers would have 50%")
+    if flags.votes > 1:
+        split = sum(len({vote["best"] for vote in rows if vote["best"]}) > 1 for _, rows in judged)
+        print(f"shown the same two in the other order, the judge changed its mind in {split / n:.1%} of the pairs")
+    for side, path in ("stories", flags.stories), ("against", flags.against):
+        texts = [story["text"].split() for group, _ in judged for story in group.values() if story["side"] == side]
+        runs = [list(zip(words, words[1:], words[2:], words[3:])) for words in texts]
+        length, repeated = sum(map(len, texts)) / n, sum(1 - len(set(each)) / len(each) for each in runs if each) / n
+        print(f"{path}: {length:.0f} words a story; {repeated:.1%} of its runs of four words came before in the story")
 
 
 def report(flags, groups, votes, books):
@@ -528,9 +579,9 @@ def report(flags, groups, votes, books):
         places.update(vote["answer"] for vote in read if len(group) == len(groups[0]))  # the last may have fewer
         first = [vote["best"] for vote in read if vote["vote"] < flags.votes]  # one more comes after disagreement only
         same += [a == b for a, b in itertools.combinations(first, 2)]
-    if same:
+    if same and not flags.against:
         print(f"agreement: {sum(same) / len(same):.0%} of {len(same)} pairs of votes; by chance {chance:.0%}")
-    if places:
+    if places and not flags.against:
         cells = ", ".join(f"{place} {places[place] / places.total():.0%}" for place in groups[0])
         print(f"places: {cells} of {places.total()} votes; by chance {chance:.0%} each")
     cost = f"at most ${books.cost:.4f}" if any(flags.price) else "cost unknown, see --price"
@@ -550,13 +601,14 @@ def main():
     if flags.max_cost is not None and not any(flags.price):
         fail(f"--max_cost: the price of {flags.model} is not known here; say it with --price IN OUT")
     flags.votes = flags.votes if openai else 1
-    groups = make_groups(read_stories(flags.stories), flags.seed)
+    groups = make_pairs(flags) if flags.against else make_groups(read_stories(flags.stories), flags.seed)
     if flags.dry_run:
         return preview(flags, groups)
 
     folder, name = os.path.split(flags.out)
     best = os.path.join(folder, name.replace("ranked", "best") if "ranked" in name else f"best_{name}")
-    for path in (flags.out, best):
+    paths = [flags.out] if flags.against else [flags.out, best]
+    for path in paths:
         if os.path.exists(path) and not os.path.exists(f"{flags.out}.answers"):
             fail(f"{path}: is there, but not {flags.out}.answers; name another --out")
     names = dict(openai="model base_url temperature", local="scary plain repetition_penalty", human="")[flags.judge]
@@ -569,7 +621,7 @@ def main():
     os.makedirs(folder or ".", exist_ok=True)
     books, ended = Books(f"{flags.out}.answers"), None
     votes = [books.votes[key] for key in keys]
-    todo = [g for g in range(len(groups)) if next_vote(votes[g], flags.votes) is not None]
+    todo = [g for g in range(len(groups)) if next_vote(votes[g], flags) is not None]
     session = requests.Session()
     session.headers.update({"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {}))
     session.auth = lambda request: request  # without any, a password in ~/.netrc would replace the key
@@ -596,13 +648,16 @@ def main():
         finally:
             books.stop.set()  # what is under way is waited for
 
-    done, decided = write_results(flags, best, settings, groups, votes)
-    print(f"{flags.out}: {done} of {len(groups)} groups; {best}: {decided} stories")
+    done, decided = write_results(flags, paths, settings, groups, votes)
+    what = "pairs" if flags.against else f"groups; {best}: {decided} stories"
+    print(f"{flags.out}: {done} of {len(groups)} {what}")
+    if flags.against and done:
+        compare(flags, groups, votes)
     if openai:
         report(flags, groups, votes, books)
     if ended:
         fail(f"{ended[0]}; {len(groups) - done} groups are left, and the same command goes on", code=ended[1])
-    if not decided:
+    if not (done if flags.against else decided):
         fail("nothing could be decided", code=1)
 
 

@@ -5,6 +5,7 @@ Write stories from a checkpoint of any of these scripts.
     python sample.py out/gpt --num 400 --max_new_tokens 300 --out stories.jsonl    (run it again to add what is missing)
     python sample.py out/gpt --interactive
     python sample.py out/gpt --narrate story.mp3    (with the key of OpenAI in OPENAI_API_KEY)
+    python sample.py --model gpt-4.1-nano --prompt_file openings.txt --out theirs.jsonl    (by a model behind an API)
 
 A single story is streamed to stdout; several are printed as each is finished, or added to --out as lines {id, prompt,
 text, tokens, seed, checkpoint, sampling}. One that fills the context goes on from its last half.
@@ -35,7 +36,8 @@ import torch.nn.functional as F
 def get_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage=argparse.SUPPRESS)
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
-    add("checkpoint", help="a .pt file, or the folder of a run")
+    add("checkpoint", nargs="?", help="a .pt file, or the folder of a run")
+    add("--model", help="instead: a model at --base_url, for which --temperature is the only rule of sampling")
     add("--prompt", default="It was a dark and stormy night", help="how the story begins; - is standard input")
     add("--prompt_file", help="prompts of several stories, one a line; - is standard input")
     add("--num", type=int, default=1, help="stories for each prompt")
@@ -55,7 +57,7 @@ def get_flags():
     add("--narrate", metavar="FILE.mp3", help="have the story read aloud into this file")
     add("--speech_model", default="gpt-4o-mini-tts", help="narrate: with this model")
     add("--voice", default="onyx", help="narrate: in this voice")
-    add("--base_url", default="https://api.openai.com/v1", help="narrate: the server to ask")
+    add("--base_url", default="https://api.openai.com/v1", help="model, narrate: the server to ask")
     return parser.parse_args()
 
 
@@ -292,6 +294,15 @@ def generate(config, weights, prompts, ids, max_new_tokens, sampling, seed, batc
             yield pairs
 
 
+def hand_over(story, file, done, count):
+    """Add a story to the file, or print it without one."""
+    if file:
+        file.write((json.dumps(story) + "\n").encode())
+        print(f"{done} of {count} stories", end="\r" if done < count else "\n", file=sys.stderr, flush=True)
+    else:
+        print(story["text"], end="\n" if done == count else "\n\n---\n\n", flush=True)
+
+
 def write(config, weights, tokenizer, prompts, ids, flags, file=None, about=None):
     """Write a story to each prompt: to the file, or to stdout, where a single one appears as it grows. Returns one."""
     eot = [tokenizer.eot_token] if tokenizer.special_tokens_set else []  # stories stand behind the end of another
@@ -316,16 +327,13 @@ def write(config, weights, tokenizer, prompts, ids, flags, file=None, about=None
                 stories[i] = stories[i][:cut]
                 ended.add(i)
         done += i in ended
-        if file and i in ended:
-            story = dict(id=ids[i], prompt=prompts[i], text=stories[i], tokens=counts[i], **about)
-            file.write((json.dumps(story) + "\n").encode())
-            print(f"{done} of {len(ids)} stories", end="\r" if done < len(ids) else "\n", file=sys.stderr, flush=True)
-        elif len(ids) == 1 and not file:  # streamed
+        if len(ids) == 1 and not file:  # streamed
             ready = len(stories[i]) if i in ended else max(printed, len(stories[i]) - held_back)
             print(stories[i][printed:ready], end="\n" if i in ended else "", flush=True)
             printed = ready
         elif i in ended:
-            print(stories[i], end="\n" if done == len(ids) else "\n\n---\n\n", flush=True)
+            story = dict(id=ids[i], prompt=prompts[i], text=stories[i], tokens=counts[i], **about)
+            hand_over(story, file, done, len(ids))
     return stories[0]
 
 
@@ -348,18 +356,43 @@ def open_stories(path, prompts, about):
     return file, have
 
 
+def post(flags, path, body):
+    """The answer of the server at --base_url, which alone gets the key: no redirect is followed."""
+    key, url = "".join(os.environ.get("OPENAI_API_KEY", "").split()), flags.base_url.rstrip("/") + path
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    response = requests.post(url, headers=headers, json=body, timeout=300, allow_redirects=False)
+    if response.status_code != 200:
+        said = " ".join(response.text.split())[:300].replace(key or "\0", "[key]")
+        fail(f"{url} answers {response.status_code} ({said})", 1)
+    return response
+
+
+def ask(prompts, ids, flags, file, about):
+    """Have the model behind an API continue the prompts, one after another; returns a story."""
+    for done, (i, prompt) in enumerate(zip(ids, prompts), 1):
+        wish = f"Continue this opening as a short scary story, in at most {flags.max_new_tokens * 2 // 3} words. Go on "
+        wish += f"where it stops, be it in mid-sentence, and answer with the continuation only.\n\n{prompt}"
+        body = dict(model=flags.model, messages=[dict(role="user", content=wish)], max_tokens=flags.max_new_tokens)
+        answer = post(flags, "/chat/completions", body | dict(temperature=flags.temperature, seed=flags.seed + i))
+        try:
+            text = answer.json()["choices"][0]["message"]["content"].rpartition("</think>")[2].strip()
+            text = re.sub(rf"\A{re.escape(prompt.strip())}(?!\w)", "", text, flags=re.I)  # the opening, all the same
+            tokens = (answer.json().get("usage") or {}).get("completion_tokens")
+            assert text
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
+            fail(f"{flags.base_url} sent no story; a model that thinks may need a larger --max_new_tokens", 1)
+        blank = " " if re.search(r"\S\Z", prompt) and re.match(r"[^\s.,;:!?…]", text) else ""
+        hand_over(dict(id=i, prompt=prompt, text=prompt + blank + text, tokens=tokens, **about), file, done, len(ids))
+    return prompt + blank + text
+
+
 def narrate(story, flags):
     """Have a server of OpenAI's kind read a story aloud, in pieces of whole sentences: it takes 4,096 characters."""
     pieces = r"\S.{0,3999}\Z|\S.{0,3990}[.!?…][\"'”’)]{0,3}(?=\s)|\S.{0,3998}(?=\s)|\S.{0,3999}"
-    key, url = "".join(os.environ.get("OPENAI_API_KEY", "").split()), f"{flags.base_url.rstrip('/')}/audio/speech"
-    headers, sound = {"Authorization": f"Bearer {key}"} if key else {}, b""
+    sound = b""
     for piece in re.findall(pieces, story.strip(), re.S):
         body = dict(model=flags.speech_model, voice=flags.voice, input=piece, response_format="mp3")
-        response = requests.post(url, headers=headers, json=body, timeout=300, allow_redirects=False)
-        if response.status_code != 200:
-            said = " ".join(response.text.split())[:300].replace(key or "\0", "[key]")
-            fail(f"--narrate: {url} answers {response.status_code} ({said})", 1)
-        sound += response.content
+        sound += post(flags, "/audio/speech", body).content
     with open(f"{flags.narrate}.tmp", "wb") as f:
         f.write(sound)
     os.replace(f"{flags.narrate}.tmp", flags.narrate)
@@ -367,14 +400,16 @@ def narrate(story, flags):
 
 def main():
     flags = get_flags()
+    if bool(flags.checkpoint) == bool(flags.model) or flags.model and flags.interactive:
+        fail("name a checkpoint, or a --model behind an API, but not both; --interactive takes a checkpoint")
     if (flags.narrate or flags.interactive) and (flags.out or flags.prompt_file or flags.num > 1):
         fail("--narrate and --interactive tell one story at a time: without --num, --prompt_file and --out")
     if flags.narrate and not os.path.isdir(os.path.dirname(flags.narrate) or "."):  # before it costs anything
         fail(f"--narrate {flags.narrate}: there is no such folder")
-    if flags.narrate and "api.openai.com" in flags.base_url and not os.environ.get("OPENAI_API_KEY"):
-        fail("--narrate: OpenAI wants a key, and the environment variable OPENAI_API_KEY is not set")
-    device, dtype = get_device(flags.device, flags.dtype)
-    path, *model = load(flags.checkpoint, device, dtype, flags.compile)
+    if (flags.narrate or flags.model) and "api.openai.com" in flags.base_url and not os.environ.get("OPENAI_API_KEY"):
+        fail("OpenAI wants a key, and the environment variable OPENAI_API_KEY is not set")
+    where = get_device(flags.device, flags.dtype)
+    path, *model = [flags.model] if flags.model else load(flags.checkpoint, *where, flags.compile)
     if flags.interactive:
         print("a prompt a line; Ctrl-D ends", file=sys.stderr)
         for i, line in enumerate(sys.stdin):
@@ -384,12 +419,14 @@ def main():
     if flags.prompt_file:
         lines = sys.stdin if flags.prompt_file == "-" else open(flags.prompt_file, encoding="utf-8-sig")
         prompts = [line.rstrip("\n") for line in lines if line.strip()] or fail(f"{flags.prompt_file}: no prompts")
-    sampling = {key: getattr(flags, key) for key in "max_new_tokens temperature top_k top_p min_p stop".split()}
+    rules = "max_new_tokens temperature" if flags.model else "max_new_tokens temperature top_k top_p min_p stop"
+    sampling = {key: getattr(flags, key) for key in rules.split()}
     about = dict(seed=flags.seed, checkpoint=path, sampling=sampling)
     file, have = open_stories(flags.out, prompts, about) if flags.out else (None, set())
     ids = [i for i in range(flags.num * len(prompts)) if i not in have]
     if ids:
-        story = write(*model, [prompts[i % len(prompts)] for i in ids], ids, flags, file, about)
+        todo = [prompts[i % len(prompts)] for i in ids], ids, flags, file, about
+        story = ask(*todo) if flags.model else write(*model, *todo)
     if flags.out:
         print(f"{flags.out}: {len(have) + len(ids)} stories, {len(ids)} of them new", file=sys.stderr)
     if flags.narrate:

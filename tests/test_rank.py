@@ -465,6 +465,7 @@ def test_scores_are_cross_entropy_differences_by_transformers(rank, folder):
     os.utime("scary.pt", (1, 1))  # another model, perhaps
     rank(*LOCAL)
     assert len(answers()) == 6
+    assert "of 11 pairs (0 ties" in rank(*LOCAL, "--against", "stories.jsonl", "--out", "pairs.jsonl")[0]
 
 
 def test_folders_of_runs_and_checkpoints_that_do_not_fit(rank):
@@ -478,6 +479,58 @@ def test_folders_of_runs_and_checkpoints_that_do_not_fit(rank):
     for name, change in changed.items():
         torch.save({**good, **change}, name)
         assert f"{name}: not a checkpoint" in refused("rank.py", "stories.jsonl", *LOCAL, "--scary", name)
+
+
+# --- one writer against another ---
+@pytest.fixture
+def versus(rank):
+    """Calls rank.py --against, for ten stories with more fear than ten others, two to each of the same five prompts."""
+    for name, more in (("stories.jsonl", 10), ("others.jsonl", 0)):
+        rows = [
+            dict(id=i, prompt=(start := f"{i % 5}: {PROMPT}"), text=f"{start} s{i} with a fear of {i + more}.")
+            for i in range(10)
+        ]
+        pathlib.Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return lambda *flags, **settings: rank("--against", "others.jsonl", *flags, **settings)
+
+
+def test_pairs_are_asked_for_in_both_orders_and_give_a_win_rate(versus, judge):
+    others = [*pathlib.Path("others.jsonl").read_text().splitlines()[::-1], '{"id": "x", "text": "alone"}']
+    pathlib.Path("others.jsonl").write_text("\n".join(others))  # backwards, but pairs go by ids
+    assert "requests: 20\n" in versus("--dry_run")[0] and judge.asked == []
+    out, said = versus()
+    assert said == ["left out: 0 stories of stories.jsonl, 1 of others.jsonl, without a partner"]
+    assert "win rate of stories.jsonl over others.jsonl: 100.0% of 10 pairs (0 ties count half)" in out
+    assert "95% interval: 72.2% to 100.0%" in out and "changed its mind in 0.0% of the pairs" in out
+    shown = [STORY.findall(asked["body"]["messages"][-1]["content"]) for asked in judge.asked]
+    assert all(a[0] == b[0] for a, b in shown) and len(shown) == 20 and all(pair[::-1] in shown for pair in shown)
+    found = [{label: story["side"] for label, story in row["stories"].items()} for row in lines("ranked.jsonl")]
+    assert [sides[row["best"]] for sides, row in zip(found, lines("ranked.jsonl"))] == ["stories"] * 10
+    assert {sides["A"] for sides in found} == {"stories", "against"} and not os.path.exists("best.jsonl")
+    assert versus()[0] == out and len(judge.asked) == 20
+
+
+def test_split_votes_on_a_pair_are_a_tie_and_no_third_is_asked_for(versus, judge):
+    judge.faults.extend([page(completion("BEST_ANSWER:[A]"))] * 20)  # whatever comes first
+    out, _ = versus()
+    assert "50.0% of 10 pairs (10 ties count half)" in out and "changed its mind in 100.0% of" in out
+    assert "95% interval: 23.7% to 76.3%" in out and len(judge.asked) == 20
+
+
+def test_a_person_compares_and_how_repetitive_stories_are(versus, monkeypatch):
+    rows = [dict(id=i, text="a b c d a b c d a b c d" if i else "a b") for i in range(2)]  # 5 of 9 runs came before
+    pathlib.Path("others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "have no prompt in common" in refused("rank.py", "stories.jsonl", "--against", "others.jsonl")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A\nB\n"))
+    out, _ = call("rank.py", "others.jsonl", "--against", "others.jsonl", "--judge", "human")
+    assert "of 2 pairs (0 ties count half)" in out and "changed its mind" not in out
+    assert "others.jsonl: 7 words a story; 27.8% of its runs of four words came before in the story" in out
+
+
+def test_intervals_are_those_of_newcombe_1998():
+    """Two-sided confidence intervals for the single proportion, Statistics in Medicine 17, table I, method 3."""
+    for points, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
+        assert script.wilson(points, n) == pytest.approx((low, high), abs=5e-5)
 
 
 # --- a person, and mistakes ---

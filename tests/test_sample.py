@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import call, refused
 from test_model import as_nanochat, random_model, write_checkpoint
-from test_rank import judge, page  # noqa: F401
+from test_rank import completion, judge, page  # noqa: F401
 from test_train_gpt import popen, wait_for
 
 import sample as script
@@ -244,9 +244,30 @@ def test_a_story_is_read_aloud_in_pieces_of_whole_sentences(write, judge, tmp_pa
     wrong_key, elsewhere = (401, f"Incorrect key:\n{KEY}".encode()), (307, b"there")
     for answers in ([wrong_key], [elsewhere], [(200, b"<0>"), wrong_key]):  # the last in the middle
         asked, story, said = narrate(write, judge, tmp_path, prompt, answers, code=1)
-        assert said.startswith("sample.py: --narrate: ") and said.count("\n") == 1 and f"{answers[-1][0]} (" in said
+        assert said.startswith("sample.py: http://") and said.count("\n") == 1 and f"{answers[-1][0]} (" in said
         assert len(asked) == len(answers) and KEY not in story + said
         assert os.listdir(tmp_path) == ["x.mp3"] and (tmp_path / "x.mp3").read_bytes() == sound
+
+
+def test_a_model_behind_an_api_writes_the_same_lines(write, judge, work, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    told = ["<think>?</think>\nA door shut.", "i heard it.\n", "été, and gone"]
+    told += ["… as I came", "In a lift", ", too", None]
+    judge.faults.extend(page(completion(text)) for text in told)
+    judge.faults.insert(2, page(f"No credit for\n{KEY}".encode(), 429))
+    api = "--model", "m", "--base_url", judge.url, "--prompt_file", "prompts.txt", "--out", "api.jsonl", "--num"
+    said = write(*api, 2, code=1)[1].split("\r")[-1]
+    assert said == f"sample.py: {judge.url}/chat/completions answers 429 (No credit for [key])\n"
+    assert "6 stories, 4 of them new" in write(*api, 2)[1] and "sent no story" in write(*api, 3, code=1)[1]
+    assert {asks["key"] for asks in judge.asked} == {f"Bearer {KEY}"}
+    assert [asks["body"]["seed"] - 1337 for asks in judge.asked] == [0, 1, 2, 2, 3, 4, 5, 6]
+    expected = ["The house was empty A door shut.", "I heard it.", "Été, and gone"]
+    expected += ["The house was empty… as I came", "I In a lift", "Été, and, too"]
+    sampling, found = dict(max_new_tokens=500, temperature=0.8), rows(work / "api.jsonl")
+    about = dict(id=1, prompt="I", text="I heard it.", tokens=2, seed=1337, checkpoint="m", sampling=sampling)
+    assert [row["text"] for row in found] == expected and found[1] == about
+    judge.faults.extend(page(completion(text)) for text in told[:3])
+    assert write(*api[:-3])[0] == "\n\n---\n\n".join(expected[:3]) + "\n"
 
 
 def test_a_mistake_gets_one_line(work, monkeypatch):
@@ -262,6 +283,9 @@ def test_a_mistake_gets_one_line(work, monkeypatch):
         ("bytes.pt --interactive --out x.jsonl", "one story at a time"),
         ("bytes.pt --narrate none/x.mp3", "--narrate none/x.mp3: there is no such folder"),
         ("bytes.pt --narrate x.mp3", "OpenAI wants a key"),
+        ("--model m --num 2", "OpenAI wants a key"),
+        ("bytes.pt --model m", "not both"),
+        ("--num 2", "name a checkpoint, or a --model"),
     ]:
         assert message in refused("sample.py", "--device", "cpu", *flags.split())
     assert not (work / "x.jsonl").exists() and not (work / "x.mp3").exists()
