@@ -1,14 +1,17 @@
 """
-Fine-tune a checkpoint: on stories, on the winners of a ranking, or on its judgements (DPO).
+Fine-tune a checkpoint: on stories, on the winners of a ranking, on its judgements (DPO), or with a judge (GRPO).
 
     python finetune.py --init out/gpt --data stories.txt                              three epochs over the stories
     python finetune.py --init out/finetune --data best.jsonl --out_dir out/best       50,000 tokens of rank.py's winners
     python finetune.py --init out/finetune --data ranked.jsonl --method dpo --out_dir out/dpo       winners and losers
+    python finetune.py --init out/dpo --method grpo --prompts openings.txt --judge openai --out_dir out/grpo
     torchrun --standalone --nproc_per_node=8 finetune.py --init out/gpt --data stories.txt --resume      on eight GPUs
 
 Stories are a .txt (between lines <|endoftext|>), a .jsonl (field "text"; lines with a "prompt" were written by a model)
-or token shards. Some are held out for the validation loss. Learning rates are those of the checkpoint's pretraining,
-where it names them, times --lr_scale. Writes log.txt, log.jsonl, stories.jsonl and ckpt.pt into --out_dir.
+or token shards. Some are held out for the validation loss. With GRPO the model writes stories to prompts, and learns
+from what a model behind an API makes of them, or two checkpoints (--judge local --scary out/finetune --plain out/gpt).
+Learning rates are those of the checkpoint's pretraining, where it names them, times --lr_scale. Writes log.txt,
+log.jsonl, stories.jsonl and ckpt.pt into --out_dir.
 """
 
 # /// script
@@ -17,10 +20,12 @@ where it names them, times --lr_scale. Writes log.txt, log.jsonl, stories.jsonl 
 # ///
 
 import argparse
+import concurrent.futures
 import copy
 import ctypes
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,6 +37,7 @@ import time
 import zipfile
 
 import numpy as np
+import requests
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -45,16 +51,17 @@ def get_flags(pretraining=()):
     add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
     # data
     add("--init", required=True, help="the checkpoint to begin with: a .pt file, or the folder of a run")
-    add("--data", required=True, help="stories: .txt, .jsonl or shards (*.bin); for dpo rank.py's ranked.jsonl")
-    add("--val_share", type=float, default=0.05, help="share of the stories, or groups, that is held out; one at least")
+    add("--data", help="stories: .txt, .jsonl or shards (*.bin); for dpo rank.py's ranked.jsonl")
+    add("--prompts", help="grpo, instead of --data: a text file with a prompt a line")
+    add("--val_share", type=float, default=0.05, help="share of stories, groups or prompts held out; one at least")
     add("--out_dir", default="out/finetune", help="where logs, stories and checkpoints go")
     # optimization
-    add("--method", default="sft", choices=["sft", "dpo"], help="learn to write such stories, or from judgements")
+    add("--method", default="sft", choices=["sft", "dpo", "grpo"], help="from stories, from judgements, with a judge")
     add("--epochs", type=float, help="times that all the data is learned from; not given: 3, with --method dpo 2")
     add("--max_tokens", type=int, help="sft: instead of --epochs; not given: 50,000 for stories that a model wrote")
     add("--total_batch_size", type=int, help="tokens per step of sft; not given: few enough for 100 steps")
     add("--batch_size", type=int, default=16, help="rows, or stories, per micro-batch, at most; fewer take less memory")
-    add("--lr_scale", type=float, help="times the learning rates; not given: 0.1, with --method dpo 0.2")
+    add("--lr_scale", type=float, help="times the learning rates; not given: 0.1, for dpo 0.2, for grpo 0.1")
     add("--matrix_lr", type=float, default=0.025, help="Muon's learning rate, for the matrices in the blocks")
     add("--down_lr", type=float, help="Muon's for the MLP's output matrix; not given: --matrix_lr")
     add("--embed_lr", type=float, default=0.7, help="AdamW's learning rate for the embedding")
@@ -62,7 +69,21 @@ def get_flags(pretraining=()):
     add("--weight_decay", type=float, default=0.05, help="of the matrices, decoupled, scaled by their learning rate")
     add("--momentum", type=float, default=0.95, help="Muon's momentum")
     add("--pairs", type=int, default=24, help="dpo: pairs of stories per step")
-    add("--beta", type=float, default=0.03, help="dpo: the larger, the closer to the first weights")
+    add("--beta", type=float, help="the larger, the closer to the first weights; not given: 0.03, for grpo 0")
+    # grpo
+    add("--max_iters", type=int, default=50, help="grpo: steps")
+    add("--prompts_per_step", type=int, default=8, help="grpo: prompts that stories are written to at a time")
+    add("--group", type=int, default=8, help="grpo: stories to a prompt, which are compared with each other")
+    add("--passes", type=int, default=1, help="grpo: steps that learn from the same stories")
+    add("--clip", type=float, default=0.2, help="grpo: share by which they may change a token's probability")
+    add("--norm_spread", action=yes_no, default=False, help="grpo: divide rewards by their spread in a group")
+    add("--judge", choices=["local", "openai"], help="grpo: two checkpoints, or a model behind an API")
+    add("--scary", help="local: a model trained on scary stories, .pt or the folder of a run")
+    add("--plain", help="local: the model that it was trained from")
+    add("--model", default="gpt-4o", help="openai: the judge; the key comes from OPENAI_API_KEY")
+    add("--base_url", default="https://api.openai.com/v1", help="openai: where it answers")
+    add("--max_requests", type=int, default=math.inf, help="openai: ask no more, before --resume included")
+    add("--max_cost", type=float, default=math.inf, help="openai: spend no more dollars, at gpt-4o's prices")
     # evaluation
     add("--val_loss_every", type=int, default=10, help="steps between validations; 0: at the end only")
     add("--sample_every", type=int, default=50, help="steps between stories; 0: none")
@@ -74,7 +95,7 @@ def get_flags(pretraining=()):
     add("--overwrite", action=yes_no, default=False, help="replace an earlier run in --out_dir")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the activations")
-    add("--compile", action=yes_no, help="compile the model (not for dpo); not given: on CUDA only")
+    add("--compile", action=yes_no, help="compile the model (for sft); not given: on CUDA only")
     add("--seed", type=int, default=1337, help="of what is held out, the order of the data, and the stories")
     parser.set_defaults(**{name: pretraining[name] for name in PRETRAINED if name in pretraining})
     return parser.parse_args()
@@ -83,7 +104,8 @@ def get_flags(pretraining=()):
 PRETRAINED = "matrix_lr down_lr embed_lr head_lr weight_decay momentum batch_size".split()
 # What decides what is learned: it must equal the checkpoint's to resume.
 DECISIVE = """init_sha256 data_sha256 method epochs max_tokens val_share total_batch_size lr_scale matrix_lr
-    down_lr embed_lr head_lr weight_decay momentum pairs beta seed""".split()
+    down_lr embed_lr head_lr weight_decay momentum pairs beta max_iters prompts_per_step group passes clip norm_spread
+    judge scary plain model max_new_tokens seed""".split()
 
 
 # --- start, the same in every script (tests/test_copies.py) ---
@@ -310,7 +332,7 @@ def open_checkpoint(path):
         assert zipfile.ZipFile(path).testzip() is None  # torch.load() does not verify the checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "chars" in checkpoint["tokenizer"]:
-            fail(f"--init {path}: a model of characters; train_char.py --init goes on with those")
+            fail(f"{path}: a model of characters; train_char.py --init goes on with those")
         # earlier versions left out what was as usual
         model = GPT(dict(tie_weights=False, embed_norm=True, logit_softcap=15.0) | checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
@@ -320,7 +342,7 @@ def open_checkpoint(path):
     except (FileNotFoundError, PermissionError):
         raise
     except Exception:  # damaged files raise nearly everything
-        fail(f"--init {path}: damaged, or not a checkpoint of these scripts")
+        fail(f"{path}: damaged, or not a checkpoint of these scripts")
     return path, dict(checkpoint, train=train), model, tokenizer
 
 
@@ -384,6 +406,169 @@ def compare(model, first_model, stories, pairs, n, beta, share):
         if torch.is_grad_enabled():
             parts[0].backward()
         sums += parts.detach()
+    return sums
+
+
+# --- grpo: stories, their judges, and the loss ---
+def forward_with_cache(model, idx, cache, t):
+    """What GPT.forward() makes of tokens idx (N, n) at places t, t + 1, ...: logits (N, rows) behind the last of them.
+
+    cache: keys and values (2, N, H, S, D) of each block, those of the places before t, to which these are added.
+    """
+    (N, n), H = idx.shape, model.config["n_head"]
+    cos, sin = model.cos[t : t + n], model.sin[t : t + n]
+    x = F.embedding(idx, model.embed).to(model.dtype)  # (N, n, C)
+    x = norm(x) if model.config["embed_norm"] else x
+    for block, kv in zip(model.blocks, cache):
+        qkv = linear(norm(x), block.qkv.flatten(0, 1)).view(N, n, 3, H, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, n, D) each
+        kv[:, :, :, t : t + n] = torch.stack((norm(rotate(k, cos, sin)).type_as(v), v))
+        q, (k, v) = norm(rotate(q, cos, sin)).type_as(kv), kv[:, :, :, : t + n]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)  # several are the first
+        x = x + linear(y.transpose(1, 2).reshape(N, n, -1).type_as(x), block.o)
+        x = x + linear(linear(norm(x), block.up).relu().square(), block.down)
+    logits = linear(norm(x[:, -1]), model.embed if model.head is None else model.head).float()
+    if cap := model.config["logit_softcap"]:
+        logits = cap * torch.tanh(logits / cap)
+    return logits + model.padding
+
+
+@torch.no_grad()
+def write_groups(args, model, tokenizer, prompts, seed):
+    """Continue each of P prompts (tokens, text) G times, at temperature 1, up to <|endoftext|>: (groups, batch).
+
+    groups: P lists of G stories. batch: idx (N, S) and targets (N, S) for the model, N = P * G, with targets of -1
+    where it has not written, and the log-probabilities (N, S) of what it has. All rows stand at the same place of their
+    texts; those with a longer prompt still read when others begin to write.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it builds a plan, 50 ms, for every new length
+    device, config, eot, G = model.embed.device, model.config, tokenizer.eot_token, args.group
+    prompts = [prompt for prompt in prompts for _ in range(G)]
+    begins = torch.tensor([[len(start)] for start, _ in prompts], device=device)  # (N, 1)
+    N, S = len(prompts), min(config["block_size"] + 1, begins.max().item() + args.max_new_tokens)
+    draws = torch.from_numpy(np.random.default_rng(seed).random((N, S), np.float32)).to(device)  # in [0, 1)
+    tokens = torch.tensor([(start.tolist() + [eot] * S)[:S] for start, _ in prompts], device=device)
+    mine, logps = torch.arange(S, device=device) - begins, torch.zeros(N, S, device=device)
+    mine = (mine >= 0) & (mine < args.max_new_tokens)  # (N, S): the tokens that the model is to write
+    shape = 2, N, config["n_head"], S, config["n_embd"] // config["n_head"]
+    dtype = torch.float32 if device.type == "cpu" else model.dtype  # attention in bf16 is slow on a CPU
+    cache, read = [torch.zeros(shape, dtype=dtype, device=device) for _ in model.blocks], 0
+    for t in range(begins.min().item(), S):
+        if not mine[:, t:].any():
+            break
+        logp = forward_with_cache(model, tokens[:, read:t], cache, read).log_softmax(-1)  # (N, rows)
+        cdf = logp.exp().cumsum(-1, dtype=torch.float64 if logp.is_cuda else None)  # in fp32 a GPU's may decrease
+        token = torch.searchsorted(cdf, draws[:, t, None] * cdf[:, -1:], right=True)  # (N, 1)
+        tokens[:, t], logps[:, t] = token[:, 0].where(mine[:, t], tokens[:, t]), logp.gather(-1, token)[:, 0]
+        mine[:, t + 1 :] &= tokens[:, t, None] != eot
+        read = t
+    batch = [tokens[:, :read], tokens.where(mine, -1)[:, 1 : read + 1], (logps * mine)[:, 1 : read + 1]]
+    stories, n = [], 16 if tokenizer.name == "bytes" else 4
+    for row, length, (start, prompt) in zip(tokens.cpu().numpy(), (mine & (tokens != eot)).sum(1).tolist(), prompts):
+        new = row[len(start) : len(start) + length].tolist()
+        runs = [tuple(new[i : i + n]) for i in range(length - n + 1)]
+        repetition = 1 - len(set(runs)) / max(1, len(runs))  # seq-rep-n of Welleck et al. 2020; 1 for a few tokens
+        story = dict(prompt=prompt, text=prompt + tokenizer.decode(new), tokens=row[: len(start) + length])
+        stories.append(story | dict(begin=len(start), length=length, repetition=repetition))
+    return [stories[i : i + G] for i in range(0, N, G)], [tensor.cpu() for tensor in batch]
+
+
+PAIR = """Which of two stories is the scarier: which would leave a reader who is alone at night the more uneasy? What
+makes no sense, or says the same thing again and again, is not scary. A story may end in the middle of a sentence: do
+not hold that against it. Answer with one letter, A or B.\n\n--- Story A ---\n{}\n\n--- Story B ---\n{}"""
+spent = dict(requests=0, dollars=0.0)
+ended = []  # why no more stories can be judged, and the exit code
+
+
+def judge(args, judges, groups):
+    """Rewards (P, G) of P groups of G stories that write_groups() returns; put your own judge here."""
+    return judge_by_models(args, judges, groups) if judges else judge_by_api(args, groups)
+
+
+@torch.no_grad()
+def judge_by_models(args, judges, groups):
+    """Rewards (P, G), the score of rank.py: a difference of cross-entropies (Moore and Lewis 2010), less repetition.
+
+    The former is the nats a token that a story, without its end, is likelier under --scary than under --plain.
+    """
+    stories, rewards = [story for group in groups for story in group], []
+    for i in range(0, len(stories), args.batch_size):
+        some = stories[i : i + args.batch_size]
+        texts = [(story["tokens"], story["begin"]) for story in some]
+        scary, plain = [story_logps(model, texts, model.embed.device).tolist() for model in judges]
+        rewards += [(a - b) / max(1, x["length"]) - x["repetition"] for a, b, x in zip(scary, plain, some)]
+    return torch.tensor(rewards).view(len(groups), -1)
+
+
+def ask(args, session, message):
+    """The judge's answer, or what came instead, and what it costs in dollars."""
+    body = dict(model=args.model, messages=[dict(role="user", content=message)], max_tokens=4, temperature=0)
+    try:
+        url = f"{args.base_url.rstrip('/')}/chat/completions"
+        response = session.post(url, json=body, timeout=60, allow_redirects=False)
+        response.raise_for_status()
+        answer, usage = response.json(), response.json()["usage"]
+        dollars = (2.5 * usage["prompt_tokens"] + 10 * usage["completion_tokens"]) / 1e6  # GPT-4o's prices
+        return str(answer["choices"][0]["message"]["content"]), dollars
+    except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
+        return f"{type(error).__name__}: {error}", 0.0
+
+
+def judge_by_api(args, groups):
+    """Rewards (P, G): the share of the others in its group that a story beats before a model behind an API.
+
+    Lots decide which comes first. A pair without an answer is left out, a story without any gets its group's mean.
+    """
+    P, G, chance = len(groups), len(groups[0]), np.random.default_rng([args.seed, spent["requests"]])
+    pairs = [(g, *chance.permutation(two)) for g in range(P) for two in itertools.combinations(range(G), 2)]
+    messages = [PAIR.format(groups[g][a]["text"], groups[g][b]["text"]) for g, a, b in pairs]
+    dollars = spent["dollars"] + sum(map(len, messages)) / 3 * 2.5e-6  # most tokens have more than three characters
+    if spent["requests"] + len(pairs) > args.max_requests or dollars > args.max_cost:
+        ended.append(
+            ("--max_requests or --max_cost is reached: {requests} requests, ${dollars:.4f}".format(**spent), 0)
+        )
+        return torch.zeros(P, G)
+    session, key = requests.Session(), "".join(os.environ.get("OPENAI_API_KEY", "").split())
+    session.headers.update({"Authorization": f"Bearer {key}"} if key else {})
+    again = requests.adapters.Retry(2, status_forcelist=(429, *range(500, 600)), allowed_methods=None, backoff_factor=1)
+    session.mount(args.base_url, requests.adapters.HTTPAdapter(max_retries=again, pool_maxsize=8))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, [args] * len(pairs), [session] * len(pairs), messages))
+    spent["requests"] += len(pairs)
+    spent["dollars"] += sum(dollars for _, dollars in answers)
+    wins, answered = torch.zeros(2, P, G)
+    for (g, a, b), (answer, _) in zip(pairs, answers):
+        if letter := re.fullmatch(r"\W*([AB])\W*", answer):
+            answered[g, [a, b]] += 1
+            wins[g, a if letter[1] == "A" else b] += 1
+    if not answered.any():
+        ended.append((f"{args.base_url} answers neither A nor B but {answers[0][0]!r:.200}", 1))
+    rewards = wins / answered
+    return rewards.where(answered > 0, rewards.nanmean(1, keepdim=True)).nan_to_num()
+
+
+def policy_loss(args, model, first_model, batch, rewards):
+    """Group relative policy optimization (Shao et al. 2024, arXiv 2402.03300) on a batch of write_groups().
+
+    A story's advantage is its reward, of rewards (P, G), less the mean of its group. The losses of tokens are divided
+    by the same number however long their story is (Dr. GRPO: Liu et al. 2025, arXiv 2503.20783). Returns sums (2,): the
+    loss, and the divergence from first_model a token. Adds the gradients of the loss to those of the model.
+    """
+    device, sums, written = model.embed.device, 0.0, (batch[1] >= 0).sum().item()
+    advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
+    if args.norm_spread:
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+    for some in zip(*(tensor.split(args.batch_size) for tensor in (*batch, advantages.view(-1, 1)))):
+        idx, targets, old_logps, advantage = [tensor.to(device) for tensor in some]
+        with torch.no_grad():
+            ref_logps = -first_model(idx, targets, reduction="none").view_as(old_logps)
+        logps = -model(idx, targets, reduction="none").view_as(old_logps)  # 0 where targets are -1
+        ratio = (logps - old_logps).exp()
+        gain = torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage) * (targets >= 0)
+        kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1  # k3 of Schulman (joschu.net/blog/kl-approx.html)
+        loss = (args.beta * kl - gain).sum() / (rewards.numel() * args.max_new_tokens)
+        loss.backward()
+        sums += torch.stack((loss, kl.sum() / written)).detach()
     return sums
 
 
@@ -455,6 +640,16 @@ def read_groups(path, tokenizer, T):
         if index and winner is not None:
             groups.append(np.array([(winner, loser) for loser in index.values()]))
     return stories, groups
+
+
+def read_prompts(path, tokenizer, T):
+    """The different lines of a file: (prompts, parts). prompts: (tokens, text). parts: arrays (1,) of their indices."""
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        texts = list(dict.fromkeys(line.rstrip("\n") for line in f if line.strip()))
+    prompts = [(np.append(np.int32(tokenizer.eot_token), encode(tokenizer, text)), text) for text in texts]
+    if max((len(tokens) for tokens, _ in prompts), default=0) > T:
+        fail(f"--prompts {path}: one fills the whole context of {T} tokens")
+    return prompts, [np.array([i]) for i in range(len(prompts))]
 
 
 def hold_out(parts, share, seed):
@@ -590,34 +785,47 @@ def ask_to_stop(number, frame):
 # --- training ---
 def main():
     args = get_flags()
+    grpo, rank = args.method == "grpo", int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    if not (args.prompts if grpo else args.data):
+        fail(f"--method {args.method} learns from a file: name it with {'--prompts' if grpo else '--data'}")
+    if grpo and (args.judge is None or args.judge == "local" and not (args.scary and args.plain)):
+        fail("--method grpo needs a judge: --judge openai, or --judge local with --scary and --plain")
+    api = grpo and args.judge == "openai"
+    if api and "//api.openai.com/" in args.base_url and not os.environ.get("OPENAI_API_KEY"):
+        fail("OpenAI wants a key, and the environment variable OPENAI_API_KEY is not set")
+    if grpo and world_size > 1:
+        fail("--method grpo runs in one process, without torchrun")
     init, base, model, tokenizer = open_checkpoint(args.init)
     args = get_flags(base["train"]["flags"])
     sft, T, B = args.method == "sft", model.config["block_size"], args.batch_size
     args.down_lr = args.matrix_lr if args.down_lr is None else args.down_lr
-    args.lr_scale = (0.1 if sft else 0.2) if args.lr_scale is None else args.lr_scale
+    args.lr_scale = dict(sft=0.1, dpo=0.2, grpo=0.1)[args.method] if args.lr_scale is None else args.lr_scale
+    args.beta = (0.0 if grpo else 0.03) if args.beta is None else args.beta
     path = os.path.join(args.out_dir, "ckpt.pt")
     if os.path.dirname(os.path.realpath(init)) == os.path.realpath(args.out_dir):
         fail(f"--out_dir {args.out_dir}: {init} lies there, and is never written to; give another folder")
     device, dtype = get_device(args.device, args.dtype)
     compiled = sft and (device.type == "cuda" if args.compile is None else args.compile)
 
-    rank = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
-    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     ddp = world_size > 1
     if ddp:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # what to learn from: stories of tokens, or groups of pairs
+    # what to learn from: stories of tokens, groups of pairs, or prompts
     if sft:
         noun, what, stories = "tokens", "different stories", []
         parts, by_a_model = read_stories(args.data, tokenizer)
         if by_a_model and args.epochs is None and args.max_tokens is None:
             args.max_tokens = 50_000
+    elif grpo:
+        noun, what = "prompts", "different prompts"
+        stories, parts = read_prompts(args.prompts, tokenizer, T)
     else:
         noun, what = "pairs", "groups with a winner"
         stories, parts = read_groups(args.data, tokenizer, T)
     if len(parts) < 2:
-        fail(f"--data {args.data}: fewer than two {what}, one to learn from and one to validate on")
+        fail(f"{args.prompts if grpo else args.data}: fewer than two {what}, one to learn from and one to validate on")
     learned, held = hold_out(parts, args.val_share, args.seed)
     size, held_size = sum(map(len, learned)), sum(map(len, held))
     args.epochs = (3.0 if sft else 2.0) if args.epochs is None else args.epochs
@@ -633,7 +841,9 @@ def main():
         val_x, val_y = in_rows(in_epochs(held, held_size, args.seed), T)
     else:
         total, steps = args.pairs, math.ceil(args.epochs * size / args.pairs)
-        pairs, val_pairs = in_epochs(learned, steps * total, args.seed), in_epochs(held, held_size, args.seed)
+        if grpo:
+            total, steps = args.prompts_per_step, args.max_iters
+        order, val_order = in_epochs(learned, steps * total, args.seed), in_epochs(held, held_size, args.seed)
     digest = hashlib.sha256()
     for weight in base["model"].values():
         digest.update(weight.contiguous().view(torch.uint8).numpy())
@@ -643,7 +853,14 @@ def main():
 
     model = model.to(device)
     model.dtype = dtype
-    first_model = None if sft else copy.deepcopy(model)  # the reference of DPO
+    first_model = None if sft else copy.deepcopy(model)  # the reference
+    judges = []
+    for name in (args.scary, args.plain) if grpo and not api else ():
+        name, checkpoint, judge_model, _ = open_checkpoint(name)
+        if checkpoint["tokenizer"] != base["tokenizer"] or judge_model.config["block_size"] < T:
+            fail(f"{name}: has another tokenizer, or a shorter context, than {init}")
+        judge_model.dtype = dtype
+        judges.append(judge_model.to(device))
     train_model = torch.compile(model, dynamic=False) if compiled else model  # stories use the uncompiled model
 
     # Muon for the matrices in the blocks, those of one shape together; AdamW for embedding and head
@@ -656,12 +873,14 @@ def main():
     squares = {p: torch.zeros_like(p) for p, _ in adamw}  # and of their squares
 
     saved = open_out_dir(args) if rank == 0 else None
-    step, train_time = 0, 0.0
+    step, train_time, batch, rewards, about = 0, 0.0, [], None, {}  # the last three: GRPO's
     if saved:
         model.load_state_dict(saved["model"])
         moments = {p: m.to(device) for p, m in zip(moments, saved["train"]["moments"])}
         squares = {p: v.to(device) for p, v in zip(squares, saved["train"]["squares"])}
         step, train_time = saved["train"]["step"], saved["train"]["train_time"]
+        batch, rewards, about = saved["train"]["written"]
+        spent.update(saved["train"]["spent"])
     if ddp:  # all ranks begin where rank 0 does
         step, train_time = add_up([step, train_time], device)  # theirs are 0
         for tensor in [*model.parameters(), *moments.values(), *squares.values()]:
@@ -691,11 +910,16 @@ def main():
         last, where[0] = step == steps, f" (after step {step}; {kept})"
 
         # validate, then save, before anything else can fail
-        if not stopping and (last or (args.val_loss_every and step % args.val_loss_every == 0)):
+        due = last or (args.val_loss_every and step % args.val_loss_every == 0)
+        if due and not stopping and not api:
             if sft:
                 row = dict(val_loss=validate(train_model, val_x, val_y, B, device, rank, world_size))
+            elif grpo:
+                prompts = [stories[i] for i in val_order[:total]]  # as many as a step has, at most
+                groups, _ = write_groups(args, model, tokenizer, prompts, [args.seed, steps])
+                row = dict(val_reward=judge(args, judges, groups).mean().item())
             else:
-                mine, share = val_pairs[rank::world_size], 1 / held_size
+                mine, share = val_order[rank::world_size], 1 / held_size
                 with torch.no_grad():
                     sums = compare(model, first_model, stories, mine, n, args.beta, share)
                 row = dict(zip(("val_loss", "val_margin", "val_accuracy"), add_up(sums.tolist(), device)))
@@ -705,6 +929,7 @@ def main():
         if step > first_step and (last or stopping or (args.save_every and step % args.save_every == 0)):
             if rank == 0:
                 state = dict(moments=[*moments.values()], squares=[*squares.values()])
+                state |= dict(written=(batch, rewards, about), spent=spent)
                 save(path, model, base["tokenizer"], args, step=step, parent=parent, train_time=train_time, **state)
             kept = f"{path} holds step {step}"
         where[0] = f" (after step {step}; {kept})"
@@ -729,8 +954,21 @@ def main():
                     loss = train_model(idx, targets) * share
                     loss.backward()
                     sums += loss.detach()
+        elif grpo:
+            if step % args.passes == 0:
+                prompts = [stories[i] for i in order[step // args.passes * total :][:total]]
+                groups, batch = write_groups(args, model, tokenizer, prompts, [args.seed, step])
+                rewards = judge(args, judges, groups)  # (P, G)
+                if ended:
+                    stopping = 1
+                    continue
+                about = dict(reward=rewards.mean().item(), spread=rewards.std(1).mean().item())
+                for name in ("length", "repetition"):
+                    about[name] = float(np.mean([story[name] for group in groups for story in group]))
+                about |= spent if api else {}
+            sums = policy_loss(args, model, first_model, batch, rewards)
         else:
-            mine = pairs[step * total : (step + 1) * total][rank::world_size]
+            mine = order[step * total : (step + 1) * total][rank::world_size]
             sums = compare(model, first_model, stories, mine, n, args.beta, 1 / total)
         if ddp:
             for p in model.parameters():
@@ -748,18 +986,22 @@ def main():
 
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {step}: lower the learning rates; {kept}", 1)
-        row = dict(zip(("train_loss", "train_margin", "train_accuracy"), means)) | {"lr": lr * args.matrix_lr}
-        log(step=step, **row, **{f"{noun}_per_s": round(total / seconds, 1)}, train_time_ms=round(1000 * train_time))
+        names = ("train_loss", "kl") if grpo else ("train_loss", "train_margin", "train_accuracy")
+        row = dict(zip(names, means)) | about | {"lr": lr * args.matrix_lr, f"{noun}_per_s": round(total / seconds, 1)}
+        log(step=step, **row, train_time_ms=round(1000 * train_time))
         mean, live = (train_time - first_time) / (step - first_step), sys.stderr.isatty()
         if rank == 0 and (live or time.perf_counter() > next_progress):
             next_progress = time.perf_counter() + 10  # few lines in a file
             eta = f"{mean * (steps - step) / 60:.1f} minutes left"
-            text = f"step {step}/{steps}  loss {loss:.4f}  {total / mean:,.0f} {noun}/s  {eta}"
+            shown = f"reward {about['reward']:.4f}" if grpo else f"loss {loss:.4f}"
+            text = f"step {step}/{steps}  {shown}  {total / mean:,.0f} {noun}/s  {eta}"
             print(f"\r{text}\033[K" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
 
     if ddp:
         add_up([0], device)  # wait for each other: the first to leave would have torchrun end the rest
         dist.destroy_process_group()
+    if ended:
+        fail(f"{ended[0][0]}; {kept}", ended[0][1])
     if stopping:
         fail(f"interrupted; {kept}", 128 + (signals[0] if signals else signal.SIGTERM))
     log(f"more stories: python sample.py {args.out_dir}")

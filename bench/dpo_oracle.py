@@ -64,19 +64,34 @@ def ours():
     return gradients, figures(loss, rewards.tolist(), gradients)
 
 
+def their_model(phase, folder):
+    """make_model(phase) of transformers."""
+    model, path = make_model(phase), os.path.join(folder, f"{phase}.pt")
+    torch.save(dict(format=1, config=model.config, tokenizer="bytes", model=model.state_dict()), path)
+    model = as_transformers(path)
+    model.get_input_embeddings().padding_idx = None  # or <|endoftext|>, the export's padding, would not learn
+    return model
+
+
+def by_our_names(model):
+    """The gradients of a model of transformers."""
+    grad = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {"embed": grad["model.embed_tokens.weight"], "head": grad["lm_head.weight"]}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        gradients[f"blocks.{i}.qkv"] = torch.stack([grad[f"{layer}.self_attn.{c}_proj.weight"] for c in "qkv"])
+        for name, long in (("o", "self_attn.o_proj"), ("up", "mlp.fc1"), ("down", "mlp.fc2")):
+            gradients[f"blocks.{i}.{name}"] = grad[f"{layer}.{long}.weight"]
+    return gradients
+
+
 def theirs(folder):
     """The same of TRL's trainer."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    models = []
-    for phase in (0.3, 0.0):
-        model, path = make_model(phase), os.path.join(folder, f"{phase}.pt")
-        torch.save(dict(format=1, config=model.config, tokenizer="bytes", model=model.state_dict()), path)
-        models.append(as_transformers(path))
-        models[-1].get_input_embeddings().padding_idx = None  # or <|endoftext|>, the export's padding, would not learn
-    rows, batch = [], []
+    models, rows, batch = [their_model(phase, folder) for phase in (0.3, 0.0)], [], []
     for prompt, (best, *others) in GROUPS:
         rows += [dict(prompt=prompt, chosen=best, rejected=other) for other in others]
     for row in rows:  # the tokens themselves, for the trainer's own tokenization would add an end to each story
@@ -84,17 +99,13 @@ def theirs(folder):
         batch.append(ids | {"prompt_ids": [V - 1] + ids["prompt_ids"]})
     settings = dict(beta=BETA, max_length=WINDOW + 1, loss_type="sigmoid", report_to="none", disable_tqdm=True)
     settings |= dict(use_cpu=True, bf16=False, gradient_checkpointing=False, output_dir=folder)
-    more = dict(train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(f"{path}_hf"))
+    more = dict(
+        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(models[0].name_or_path)
+    )
     trainer = DPOTrainer(*models, DPOConfig(**settings), **more)
     loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(batch))
     loss.backward()
-    grad = {name: p.grad for name, p in trainer.model.named_parameters()}
-    gradients = {"embed": grad["model.embed_tokens.weight"], "head": grad["lm_head.weight"]}
-    for i in range(2):
-        layer = f"model.layers.{i}"
-        gradients[f"blocks.{i}.qkv"] = torch.stack([grad[f"{layer}.self_attn.{c}_proj.weight"] for c in "qkv"])
-        for name, long in (("o", "self_attn.o_proj"), ("up", "mlp.fc1"), ("down", "mlp.fc2")):
-            gradients[f"blocks.{i}.{name}"] = grad[f"{layer}.{long}.weight"]
+    gradients = by_our_names(trainer.model)
     rewards = [trainer._metrics["train"][f"rewards/{key}"][0] for key in ("chosen", "rejected")]
     return gradients, figures(loss.item(), rewards, gradients)
 

@@ -45,10 +45,8 @@ def read(path):
 
 
 def unit_of(folder):
-    """Of what the losses of a folder's run are, as a checkpoint there tells."""
+    """Of what the losses of a folder's run are, as its checkpoint tells."""
     path = os.path.join(folder, "ckpt.pt")
-    if not os.path.exists(path):
-        return "unit that no checkpoint here tells"
     tokenizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
     return "character" if "chars" in tokenizer else "byte" if tokenizer == "bytes" else "token"
 

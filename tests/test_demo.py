@@ -33,7 +33,7 @@ def test_the_journey_is_killed_and_goes_on(tmp_path):
     code, output = demo(folder, "--quick", "--api", until="step:6/20")  # the first validation of pretraining
     assert code == -signal.SIGKILL and "no key" in output
     code, output = demo(folder, "--quick")
-    assert code == 0 and output.count("is there already") == 8, output
+    assert code == 0 and output.count("is there already") == 9, output
     out = folder / "out" / "demo"
     text = (out / "timeline.md").read_text(encoding="utf-8")
     assert text in output and text.count("\n## ") == 6 and len(list((out / "gpt").glob("milestone_*.pt"))) == 4
