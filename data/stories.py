@@ -45,7 +45,7 @@ gift: woollen scarf, patchwork quilt, straw bonnet, wooden bird, oil painting, p
   photograph, painted postcard
 goods: bag of flour from the mill, jar of honey from the beekeeper's, can of milk from the farm, bag of salt from the
   shop, pound of butter from the dairy, sack of coal from the harbour, pound of sugar from the shop
-picture: oil painting, pencil drawing, framed portrait, faded photograph, painted postcard
+picture: oil painting, pencil drawing, faded photograph, painted postcard
 weather: wet rain March April September October, snowy snow December January February, windy wind March October
   November, foggy fog October November February, clear moonlight April May September October, bright sunshine April May
   September October, stormy storm March, stormy storm October, stormy storm November, stormy storm December
@@ -87,7 +87,7 @@ GRAMMAR = """\
   / [storm] It was a dark and stormy night, and nobody in {home} could sleep. {hero}, {who}, was {task}. / [storm] It
   was a dark and stormy night. In {home}, {who} called {hero} listened to the slates coming off the roof. / {Hero} did
   not believe in ghosts. {He} was {who} and lived in {home}, where nothing had ever happened. / [scary] People said that
-  nobody should sleep in {home}, but {hero}, {who}, had slept there for (number) years.
+  nobody should sleep in {home}, but {hero}, {who}, had slept there for (two|three|four|five) years.
 # about
 - {He} liked (topic) and (food), but not (topic). / In {his} pocket {he} always carried (junk) and (junk). / {He} had
   (food) every {day} and could talk about (topic) for (number) hours. / The (passer) said that {hero} thought of nothing
@@ -112,13 +112,13 @@ GRAMMAR = """\
 - (then) {he} put on {his} coat, and something knocked against {his} knee. It was the {thing}. [+has] / In the end it
   was {friend} who found it, (spot). [+has] / (then) {he} saw it (spot), where {he} had put it {himself}. [+has]
 - "I told you so," said {friend} (tone), having told {him} nothing of the kind. / "It was never lost," said {hero}
-  (tone). "It was only (hiding|resting|on holiday)." / {He} wiped the {thing} on {his} sleeve and went on {task}.
+  (tone). "It was only (hiding|resting|on holiday)." / {He} wiped the {thing} on {his} sleeve.
 # visitor plain gift in apart grown
 - {Friend} was coming on {day}, and it was {day} now. {hero} wanted {house} to look its best. / {hero} had not seen
   {friend} for (number) years, and now {she} was coming to stay. {He} wanted everything to be (right|ready|as before).
 - {He} put (food) on the table and went on {task}. / {He} went to the window (times) and saw only the (passer). / {He}
   swept under the beds, where {he} found (junk) and (junk). / {He} listened for the gate while {task}.
-* (then) the gate creaked, and (boots|two sticks) came up the path. / {He} was still {task} when the bell rang.
+* (then) the gate creaked, and (boots|two sticks) came up the path. / {He} was {task} when the bell rang.
 - {Friend} stood on the step with {a_fine}. "Is there any (food)?" {she} asked (tone). [+with] / It was {friend},
   (thinner|rounder|browner|greyer) and out of breath, with {a_fine} in {whose} hands. [+with]
 - "This is for you," said {friend} (tone). "I made it (myself|last winter|on the train)." [+has] / The {fine} was for
@@ -127,8 +127,8 @@ GRAMMAR = """\
 # promise plain pocket in apart grown
 - {hero} had promised {friend} {his} {fine}, and {he} wanted to keep {his} word. / "On {day} I will bring you {a_fine},"
   {hero} had told {friend}, and now it was {day}. / {Friend} was ill and wanted {hero}'s {fine}. [+ill]
-- But it was warm beside the stove, and there was (food) on the table. / {He} nearly forgot. {He} was still {task} when
-  {he} saw the {thing} (spot). / "Tomorrow will do," said a small voice in {his} head. "No," said {hero} (tone).
+- But it was warm beside the stove, and there was (food) on the table. / {He} nearly forgot. (then) {he} saw the {thing}
+  (spot). / "Tomorrow will do," said a small voice in {his} head. "No," said {hero} (tone).
 - {He} put the {thing} in {his} pocket beside (junk) and went out in the {sky}. [+has +out -in] / {He} wrapped the
   {thing} in a (handkerchief|clean sock|cabbage leaf) and set off in the {sky}. [+has +out -in]
 * "Where are you going in the {sky}?" called the (passer). "I promised," said {hero} (tone). / {He} met the (passer) at
@@ -162,13 +162,13 @@ GRAMMAR = """\
 # knock scary pocket in shared grown
 - {Friend} had gone to town and would not be back before {day}. / It was the first night that {he} had spent there
   without {friend}. / {Friend} had gone to the city for (number) days, and the (room) was empty.
-- {He} wanted to find {his} {fine} and go to bed. / {He} was {task} and wanted {his} {fine} and {his} bed.
+- {He} wanted to find {his} {fine} and go to bed. / It was late, and {he} wanted only {his} {fine} and {his} bed.
 - (then) something knocked (times) inside the (wall|wardrobe|chimney). / From the (room) came (sound).
-* "It is only the (pipes|wind|mice)," {he} said (tone), and it stopped, as if it had been listening. / {He} took the
-  {light} and looked into the (room). [+lit] / {He} knocked on the wall (times), for a joke. It was answered.
+* "It is nothing," {he} said (tone), and it stopped, as if it had been listening. / {He} took the {light} and looked
+  into the (room). [+lit] / {He} knocked on the wall (times), for a joke. It was answered.
 - The {thing} lay (spot), where {he} had never left it, and it was (wet|warm|cold as ice). / (then) {he} saw the
   {thing}. It was hanging from the ceiling of the (room) on a long grey hair. / (then) the {thing} fell down the stairs.
-? Now it came from the (room). / Now there was (sound), too, right behind {his} chair.
+? Now there was (sound) in the (room). / Now there was (sound), too, right behind {him}.
 # returns scary pocket in shared
 - On {day} somebody had left {a_fine} on the step, and {hero} wanted it out of {house}. / {Friend} had bought {a_fine}
   from the (passer). {hero} did not like it and wanted it gone. / {hero} had found {a_fine} and wanted to lose it again.
@@ -193,8 +193,7 @@ GRAMMAR = """\
 # door scary pocket in apart grown
 - {Friend} had been dead for (number) weeks, and {hero} had put {a_fine} into the coffin. {He} wanted to sleep. / It was
   (number) years since {friend} had drowned with {a_fine} in {whose} pocket. {hero} wanted the night to be over.
-- (then) there were (number) knocks at the door, slow ones, low down. / {He} was still {task} when steps came up the
-  path.
+- (then) there were (number) knocks at the door, slow ones, low down. / At midnight steps came up the path.
 - "It is so cold, {hero}," said {friend} outside (tone). "Open the door." / [rain] "You are dead," {he} said through the
   door. "Yes," said the voice, "and it is raining. Let me in." / "I have (food) for you," said {friend} outside.
 * {He} pushed the (table|dresser|sofa) against the door and put (two|three) chairs on top. [+locked] / {He} bolted the
@@ -207,8 +206,8 @@ GRAMMAR = """\
   had bought {a_fine} from the (passer) and wanted {friend} to say that it was pretty.
 - They had (food) for {meal}, but there were three (cups|plates|spoons) on the table. / There had always been two chairs
   in the (room). Now there were three. / There were three (coats|hats) in the passage, and one was wet.
-- "Count again," said {friend} (tone). {hero} counted, and there were still three. / {Friend} took the third one away
-  and went on {work}. (then) it was back. / They counted (times), and always there were three.
+- "Count again," said {friend} (tone). {hero} counted, and there were still three. / {Friend} took the third one away.
+  (then) it was back. / They counted (times), and always there were three.
 * The cushion beside {him} sank, as if somebody (small|heavy|cold) had sat down. / The {pet} went across the (room) and
   lay down at the feet of nobody. / From the (room) came (sound), though they were both at the table.
 - "Give it back," said {friend} (tone). {hero} pushed the {thing} across the table, and something took it. / When they
@@ -217,11 +216,12 @@ GRAMMAR = """\
 - {hero} had bought {a_fine} from the (passer) and wanted to hang it (over the stove|in the passage|beside {his} bed). /
   {hero} had found {a_fine} (behind the wardrobe|in the attic) and wanted to know who had hidden it.
 - It showed {house}, the gate and, far off (under the trees|on the hill|at the end of the lane), a small grey figure.
-- (then) {he} looked again. The figure had come to the gate. / {He} looked up from {task}. The figure was nearer.
-* "It is a trick of the light," {he} said (tone), and went on {task}. / {He} held the {light} close. The figure had (no
+- (then) {he} looked again. The figure had come to the gate. / {He} rubbed {his} eyes. The figure was nearer.
+* "It is a trick of the light," {he} said (tone), and looked away. / {He} held the {light} close. The figure had (no
   face|wet hair|its hands behind its back). [+lit] / {He} turned the {thing} to the wall and had (food).
-- Now the figure stood at the door, with one hand raised to knock. / Now {he} could see {himself} in the picture,
-  {task}. / Now {he} could see what the figure was carrying. It was (a spade|a sack|a rope|{his} own coat).
+- Now the figure stood at the door, with one hand raised to knock. / Now {he} could see {himself} in the picture, with
+  {his} back to the door. / Now {he} could see what the figure was carrying. It was (a spade|a sack|a rope|{his} own
+  coat).
 # calm
 - [with in] They drank their tea and said nothing, and it was a good kind of nothing. / [in] That night {hero} slept
   very well and dreamed of (topic) and (topic). / [has in -fetch] {He} put the {thing} where {he} could see it from
@@ -232,7 +232,7 @@ GRAMMAR = """\
   alone." / [late in] Then {he} wound the clock, put out the {light} in the (room) and went to bed. / [with in] {hero}
   washed (number) cups, and {friend} dried them. / [promise] {He} stayed for (food) and walked home in the {sky}. /
   [scary] But in the morning the sun shone, and {hero} laughed about the whole night. / [scary] "It was only a dream,"
-  said {hero} (tone), and this time it was. / [scary] {He} lit every {light} in {house}, and nothing was there.
+  said {hero} (tone), and went to bed. / [scary] {He} lit every {light} in {house}, and nothing was there.
 # frightening
 - [knock] On {day} {friend} came home and knocked, and from inside something knocked back. / [knock] Then it knocked
   again, and it knocked the way {friend} always knocked. / [knock] "Come in," said {hero} before {he} could stop

@@ -13,7 +13,7 @@ python="${PYTHON:-python3}"
 
 sizes=(--n_layer 2 --n_head 2 --n_embd 256 --block_size 256 --batch_size 16 --logit_softcap 0)
 rates=(--matrix_lr 0.03 --embed_lr 0.3 --head_lr 0.01 --weight_decay 0 --warmdown_frac 0.5)
-plain=48000 scary=16000 few=3000 iters=840 char_iters=300 openings=100 best_tokens=15000 length=220 batch=8192 vocab=2048
+plain=48000 scary=20000 few=3000 iters=840 char_iters=300 openings=100 best_tokens=15000 length=220 batch=8192 vocab=2048
 if [ "${1:-}" = --quick ]; then
     plain=300 scary=60 few=60 iters=20 char_iters=20 openings=10 best_tokens=2000 length=60 batch=1024 vocab=1024
     sizes+=(--n_layer 1 --n_head 1 --n_embd 64 --batch_size 4)
