@@ -93,4 +93,12 @@ if $python -c 'import matplotlib' 2>/dev/null; then
 else
     echo "pictures of the losses: $python -m pip install matplotlib; $python runs/plot.py out/demo/gpt out/demo/tuned"
 fi
+
+echo; echo "== who writes scarier? two stories by each to the same openings"
+for name in gpt tuned best dpo; do
+    $python sample.py out/demo/$name --prompt_file out/demo/openings.txt --num 2 --max_new_tokens $length --out out/demo/${name}_told.jsonl
+done
+for pair in tuned-gpt best-tuned dpo-tuned dpo-best; do
+    $python rank.py out/demo/${pair%-*}_told.jsonl --against out/demo/${pair#*-}_told.jsonl "${judge[@]}" --out out/demo/$pair.jsonl
+done
 echo "$((SECONDS - begun)) s; more stories: $python sample.py out/demo/dpo"
