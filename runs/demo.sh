@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a writer of scary stories, every stage, on a laptop's CPU; stopped, the same command goes on:
-#     bash runs/demo.sh            about seven minutes on two cores, once the packages are there
+#     bash runs/demo.sh            about seven and a half minutes on two cores, once the packages are there
 #     bash runs/demo.sh --quick    half a minute: every stage at its smallest, to see that all of it works
 #     bash runs/demo.sh --api      GPT-4o ranks the stories (some 20 short requests), with the key in OPENAI_API_KEY;
 #                                  what follows --api goes to rank.py: --base_url http://localhost:8000/v1 --model llama3
@@ -99,6 +99,7 @@ for name in gpt tuned best dpo; do
     $python sample.py out/demo/$name --prompt_file out/demo/openings.txt --num 2 --max_new_tokens $length --out out/demo/${name}_told.jsonl
 done
 for pair in tuned-gpt best-tuned dpo-tuned dpo-best; do
-    $python rank.py out/demo/${pair%-*}_told.jsonl --against out/demo/${pair#*-}_told.jsonl "${judge[@]}" --out out/demo/$pair.jsonl
+    $python rank.py out/demo/${pair%-*}_told.jsonl --against out/demo/${pair#*-}_told.jsonl "${judge[@]}" --out out/demo/$pair.jsonl |
+        sed -nE 's|out/demo/([a-z]+)_told.jsonl|\1|g; /^win rate|^95%/p'
 done
 echo "$((SECONDS - begun)) s; more stories: $python sample.py out/demo/dpo"
