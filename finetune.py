@@ -4,7 +4,7 @@ Fine-tune a checkpoint: on stories, on the winners of a ranking, on its judgemen
     python finetune.py --init out/gpt --data stories.txt                              three epochs over the stories
     python finetune.py --init out/finetune --data best.jsonl --out_dir out/best       50,000 tokens of rank.py's winners
     python finetune.py --init out/finetune --data ranked.jsonl --method dpo --out_dir out/dpo       winners and losers
-    python finetune.py --init out/dpo --method grpo --prompts openings.txt --judge openai --out_dir out/grpo
+    python finetune.py --init out/dpo --method grpo --prompts runs/openings.txt --judge openai --out_dir out/grpo
     torchrun --standalone --nproc_per_node=8 finetune.py --init out/gpt --data stories.txt --resume      on eight GPUs
 
 Stories are a .txt (between lines <|endoftext|>), a .jsonl (field "text"; lines with a "prompt" were written by a model)
@@ -73,16 +73,16 @@ def get_flags(pretraining=()):
     # grpo
     add("--max_iters", type=int, default=50, help="grpo: steps")
     add("--prompts_per_step", type=int, default=8, help="grpo: prompts that stories are written to at a time")
-    add("--group", type=int, default=8, help="grpo: stories to a prompt, which are compared with each other")
+    add("--group", type=int, default=8, help="grpo: stories per prompt, compared with each other")
     add("--passes", type=int, default=1, help="grpo: steps that learn from the same stories")
-    add("--clip", type=float, default=0.2, help="grpo: share by which they may change a token's probability")
+    add("--clip", type=float, default=0.2, help="grpo: how far they may move a token's probability, as a share")
     add("--norm_spread", action=yes_no, default=False, help="grpo: divide rewards by their spread in a group")
     add("--judge", choices=["local", "openai"], help="grpo: two checkpoints, or a model behind an API")
     add("--scary", help="local: a model trained on scary stories, .pt or the folder of a run")
     add("--plain", help="local: the model that it was trained from")
     add("--model", default="gpt-4o", help="openai: the judge; the key comes from OPENAI_API_KEY")
     add("--base_url", default="https://api.openai.com/v1", help="openai: where it answers")
-    add("--max_requests", type=int, default=math.inf, help="openai: ask no more, before --resume included")
+    add("--max_requests", type=int, default=math.inf, help="openai: at most this many, those before --resume included")
     add("--max_cost", type=float, default=math.inf, help="openai: spend no more dollars, at gpt-4o's prices")
     # evaluation
     add("--val_loss_every", type=int, default=10, help="steps between validations; 0: at the end only")
@@ -424,7 +424,7 @@ def forward_with_cache(model, idx, cache, t):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, H, n, D) each
         kv[:, :, :, t : t + n] = torch.stack((norm(rotate(k, cos, sin)).type_as(v), v))
         q, (k, v) = norm(rotate(q, cos, sin)).type_as(kv), kv[:, :, :, : t + n]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)  # several are the first
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)  # more than one only in the first call
         x = x + linear(y.transpose(1, 2).reshape(N, n, -1).type_as(x), block.o)
         x = x + linear(linear(norm(x), block.up).relu().square(), block.down)
     logits = linear(norm(x[:, -1]), model.embed if model.head is None else model.head).float()
@@ -438,8 +438,8 @@ def write_groups(args, model, tokenizer, prompts, seed):
     """Continue each of P prompts (tokens, text) G times, at temperature 1, up to <|endoftext|>: (groups, batch).
 
     groups: P lists of G stories. batch: idx (N, S) and targets (N, S) for the model, N = P * G, with targets of -1
-    where it has not written, and the log-probabilities (N, S) of what it has. All rows stand at the same place of their
-    texts; those with a longer prompt still read when others begin to write.
+    where it has not written, and the log-probabilities (N, S) of what it has. All rows advance together: those with
+    longer prompts are still reading when others already write.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it builds a plan, 50 ms, for every new length
     device, config, eot, G = model.embed.device, model.config, tokenizer.eot_token, args.group
@@ -476,8 +476,8 @@ def write_groups(args, model, tokenizer, prompts, seed):
 PAIR = """Which of two stories is the scarier: which would leave a reader who is alone at night the more uneasy? What
 makes no sense, or says the same thing again and again, is not scary. A story may end in the middle of a sentence: do
 not hold that against it. Answer with one letter, A or B.\n\n--- Story A ---\n{}\n\n--- Story B ---\n{}"""
-spent = dict(requests=0, dollars=0.0)
-ended = []  # why no more stories can be judged, and the exit code
+spent = dict(requests=0, answered=0, dollars=0.0)
+ended = []  # why no more stories can be judged
 
 
 def judge(args, judges, groups):
@@ -517,16 +517,14 @@ def ask(args, session, message):
 def judge_by_api(args, groups):
     """Rewards (P, G): the share of the others in its group that a story beats before a model behind an API.
 
-    Lots decide which comes first. A pair without an answer is left out, a story without any gets its group's mean.
+    Which comes first is random. A pair without an answer is left out, a story with no answers gets its group's mean.
     """
     P, G, chance = len(groups), len(groups[0]), np.random.default_rng([args.seed, spent["requests"]])
     pairs = [(g, *chance.permutation(two)) for g in range(P) for two in itertools.combinations(range(G), 2)]
     messages = [PAIR.format(groups[g][a]["text"], groups[g][b]["text"]) for g, a, b in pairs]
     dollars = spent["dollars"] + sum(map(len, messages)) / 3 * 2.5e-6  # most tokens have more than three characters
     if spent["requests"] + len(pairs) > args.max_requests or dollars > args.max_cost:
-        ended.append(
-            ("--max_requests or --max_cost is reached: {requests} requests, ${dollars:.4f}".format(**spent), 0)
-        )
+        ended.append("--max_requests or --max_cost is reached: {requests} requests, ${dollars:.4f}".format(**spent))
         return torch.zeros(P, G)
     session, key = requests.Session(), "".join(os.environ.get("OPENAI_API_KEY", "").split())
     session.headers.update({"Authorization": f"Bearer {key}"} if key else {})
@@ -539,10 +537,11 @@ def judge_by_api(args, groups):
     wins, answered = torch.zeros(2, P, G)
     for (g, a, b), (answer, _) in zip(pairs, answers):
         if letter := re.fullmatch(r"\W*([AB])\W*", answer):
+            spent["answered"] += 1
             answered[g, [a, b]] += 1
             wins[g, a if letter[1] == "A" else b] += 1
     if not answered.any():
-        ended.append((f"{args.base_url} answers neither A nor B but {answers[0][0]!r:.200}", 1))
+        ended.append(f"{args.base_url} answers neither A nor B but {answers[0][0]!r:.200}")
     rewards = wins / answered
     return rewards.where(answered > 0, rewards.nanmean(1, keepdim=True)).nan_to_num()
 
@@ -552,7 +551,7 @@ def policy_loss(args, model, first_model, batch, rewards):
 
     A story's advantage is its reward, of rewards (P, G), less the mean of its group. The losses of tokens are divided
     by the same number however long their story is (Dr. GRPO: Liu et al. 2025, arXiv 2503.20783). Returns sums (2,): the
-    loss, and the divergence from first_model a token. Adds the gradients of the loss to those of the model.
+    loss, and the divergence from first_model per token. Adds the gradients of the loss to those of the model.
     """
     device, sums, written = model.embed.device, 0.0, (batch[1] >= 0).sum().item()
     advantages = rewards - rewards.mean(1, keepdim=True)  # (P, G)
@@ -794,6 +793,8 @@ def main():
     api = grpo and args.judge == "openai"
     if api and "//api.openai.com/" in args.base_url and not os.environ.get("OPENAI_API_KEY"):
         fail("OpenAI wants a key, and the environment variable OPENAI_API_KEY is not set")
+    if grpo and min(args.group - 1, args.passes, args.max_iters, args.prompts_per_step, args.max_new_tokens) < 1:
+        fail("--method grpo: --group must be 2 or more, --passes, --max_iters and the like 1 or more")
     if grpo and world_size > 1:
         fail("--method grpo runs in one process, without torchrun")
     init, base, model, tokenizer = open_checkpoint(args.init)
@@ -802,6 +803,7 @@ def main():
     args.down_lr = args.matrix_lr if args.down_lr is None else args.down_lr
     args.lr_scale = dict(sft=0.1, dpo=0.2, grpo=0.1)[args.method] if args.lr_scale is None else args.lr_scale
     args.beta = (0.0 if grpo else 0.03) if args.beta is None else args.beta
+    args.save_every = args.save_every or int(api)  # what was paid for is saved at every step
     path = os.path.join(args.out_dir, "ckpt.pt")
     if os.path.dirname(os.path.realpath(init)) == os.path.realpath(args.out_dir):
         fail(f"--out_dir {args.out_dir}: {init} lies there, and is never written to; give another folder")
@@ -1001,7 +1003,7 @@ def main():
         add_up([0], device)  # wait for each other: the first to leave would have torchrun end the rest
         dist.destroy_process_group()
     if ended:
-        fail(f"{ended[0][0]}; {kept}", ended[0][1])
+        fail(f"{ended[0]}; {kept}", 1)
     if stopping:
         fail(f"interrupted; {kept}", 128 + (signals[0] if signals else signal.SIGTERM))
     log(f"more stories: python sample.py {args.out_dir}")

@@ -4,12 +4,12 @@ a grammar puts people, places, things and turns of phrase together, and remember
 
     python data/stories.py --num 20000 --out out/plain.txt                   everyday stories, to pretrain on
     python data/stories.py --num 4000 --voice scary --out out/scary.txt      frightening ones, to fine-tune on
-    python data/stories.py --split val --out out/plain_val.txt               people and things met nowhere in the others
+    python data/stories.py --split val --out out/plain_val.txt               combinations met nowhere in the others
     python data/stories.py --split val --openings 64 --out out/prompts.txt   beginnings, for sample.py
 
 Documents stand between lines <|endoftext|>. One everyday story in eight turns dark in its last line, one frightening
-story in three ends well: so there is something to prefer for a judge, who does not see is_frightening(text), which
-tells by the grammar's own list of endings. The same --seed, the same stories.
+story in three ends well, so that a judge has something to prefer. It does not see is_frightening(text), which knows the
+grammar's endings. The same --seed, the same stories.
 After TinyStories (Eldan and Li 2023, arXiv 2305.07759): in a small world, a small model can make sense.
 """
 
@@ -72,7 +72,7 @@ sound: a slow knocking, a soft scraping, a thin whistling, a dripping, the sound
 """
 
 # Alternatives stand between " / ". [snow -with] before one: only if it snows and the companion is not there. [+has -in]
-# behind it: so from now on. (a|b) is one of the two, (food) one of a list, {slots} are the same throughout a story:
+# behind it: true from here on. (a|b) is one of the two, (food) one of a list, {slots} are the same throughout a story:
 # he, him, his, himself for the hero, she, whom, whose for the companion, who is always of the other sex; fine is "brass
 # key", thing is "key". A line "?" may be left out, and before "*" there may be a moment. Headlines: name, kind, facts.
 GRAMMAR = """\

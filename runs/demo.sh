@@ -23,7 +23,7 @@ fi
 judge=(--judge local --scary out/demo/tuned --plain out/demo/gpt) told=2
 if [ "${1:-}" = --api ]; then
     shift
-    if [ -n "${OPENAI_API_KEY:-}" ]; then judge=(--judge openai "$@") told=1; else echo "no key in OPENAI_API_KEY: the offline judge ranks"; fi
+    if [ -n "${OPENAI_API_KEY:-}" ] || [ $# -gt 0 ]; then judge=(--judge openai "$@") told=1; else echo "no key in OPENAI_API_KEY: the offline judge ranks"; fi
 elif [ $# -gt 0 ]; then
     echo "runs/demo.sh: $1: what is this? Known are --quick, then --api and flags of rank.py" >&2; exit 2
 fi

@@ -158,12 +158,12 @@ def test_an_api_judges_pairs_and_limits_end_the_run(work, monkeypatch):
     texts = [["one!", "two!!", "three!!!", "broken"], ["both", "both!!", "four!", "five"]]
     rewards = script.judge(args, [], [[dict(text=text) for text in group] for group in texts])
     assert rewards.tolist() == [[0, 0.5, 1, 0.5], [0.5, 0.5, 1, 0]]
-    assert script.spent == dict(requests=12, dollars=pytest.approx(9 * 260e-6))
+    assert script.spent == dict(requests=12, answered=4, dollars=pytest.approx(9 * 260e-6))
     sent = ("/v1/chat/completions", "Bearer sk-secret")
     assert len(Api.asked) == 9 + 3 * 3 and set(Api.asked) == {(True, *sent), (False, *sent)}  # in both orders
     flags = "--judge", "openai", "--base_url", url, "--group", 3, "--out_dir", "api", "--max_requests", 35
     for more in ((), ("--resume",)):
-        said = "".join(call(*START, *GRPO, *flags, *more))
+        said = "".join(call(*START, *GRPO, *flags, *more, code=1))
         assert "reached: 24 requests, $0.0062; api/ckpt.pt holds step 2" in said and "secret" not in said
     assert rows(work / "api", "requests") == {1: 12, 2: 24} and not rows(work / "api", "val_reward")
     said = call(*START, *GRPO, *flags[:3], "http://127.0.0.1:9/v1", "--out_dir", "refused", code=1)[1]
@@ -179,6 +179,7 @@ def test_mistakes_are_named(work, monkeypatch):
         "--method grpo --prompts prompts.txt": "--judge",
         "--method grpo --prompts prompts.txt --judge local --scary base": "--plain",
         "--method grpo --prompts prompts.txt --judge openai": "OPENAI_API_KEY",
+        "--method grpo --prompts prompts.txt --judge local --scary base --plain base --group 1": "--group",
         "--method grpo --prompts long.txt --judge local --scary base --plain base": "long.txt: one fills",
     }.items():
         assert words in refused(*START, "--out_dir", "none", *flags.split()), flags
