@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 
 import torch
@@ -39,14 +38,6 @@ def read_rows(*path):
     """The objects of a .jsonl file, given by the parts of its path."""
     with open(os.path.join(*path), encoding="utf-8") as f:
         return [json.loads(line) for line in f]
-
-
-def hellaswag(*arguments):
-    """Run hellaswag.py; returns its seconds and its answers, the rows of --details, in the order of the questions."""
-    with tempfile.TemporaryDirectory() as folder:
-        details = os.path.join(folder, "details.jsonl")
-        seconds, _ = run("hellaswag.py", *arguments, "--device", "cpu", "--details", details)
-        return seconds, sorted(read_rows(details), key=lambda row: row["question"])
 
 
 def show(*rows):

@@ -8,7 +8,7 @@ from conftest import ROOT
 # 550, 850 and 450 lines were the aim for train_gpt.py, finetune.py and rank.py, 1,000 for bench/: what they promise
 # takes more.
 LINES = {"train_gpt.py": 641, "train_char.py": 400, "finetune.py": 1013, "sample.py": 437, "rank.py": 665}
-LINES |= {"hellaswag.py": 350, "data/*.py": 1150, "runs/*.py": 600, "bench/*.py": 1205, "tests/*.py": 3770}
+LINES |= {"hellaswag.py": 350, "data/*.py": 1150, "runs/*.py": 600, "bench/*.py": 1191, "tests/*.py": 3770}
 LINES |= {"README.md": 200, "bench/gpu.py": 150}
 
 
